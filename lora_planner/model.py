@@ -156,7 +156,7 @@ class Model:
     tower_weights: tuple[Weight, ...] = ()
     max_positions: int = 0
     dtype: str = "bfloat16"
-    peft_rewrites_experts: bool = False  # peft maps old expert names onto the fused tensors
+    peft_experts: str = ""  # peft maps old expert names onto the fused tensors: "mixtral" or "qwen2_moe" scheme
     peft_refuses: tuple[str, ...] = ()  # module names peft will not wrap in this model_type
     peft_default: tuple[str, ...] = ()  # what peft adapts when asked for nothing
     module_prefix: str = "model.layers"
