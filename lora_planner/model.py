@@ -161,6 +161,7 @@ class Model:
     peft_default: tuple[str, ...] = ()  # what peft adapts when asked for nothing
     module_prefix: str = "model.layers"
     buffers: int = 0  # persistent buffers: in the file, not in the count of parameters
+    stored_params: int = 0  # parameters to load, counted in the weight files; 0: none were read
     notes: tuple[str, ...] = ()
     source: str = ""
     warnings: list[str] = field(default_factory=list)

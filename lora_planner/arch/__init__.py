@@ -15,6 +15,28 @@ from lora_planner.model import Model
 #: model_type -> file in this folder
 BY_MODEL_TYPE = {
     "llama": "llama", "mistral": "llama", "smollm3": "llama",
+    "qwen2": "dense", "qwen3": "dense", "gemma": "dense", "gemma2": "dense", "olmo": "dense",
+    "olmo2": "dense", "olmo3": "dense", "granite": "dense", "helium": "dense", "seed_oss": "dense",
+    "ernie4_5": "dense", "hunyuan_v1_dense": "dense", "exaone4": "dense", "ministral": "dense",
+    "ministral3": "dense", "starcoder2": "dense", "nemotron": "dense", "arcee": "dense",
+    "apertus": "apertus", "cohere": "cohere", "cohere2": "cohere", "glm": "glm", "glm4": "glm",
+    "phi": "phi", "phi3": "phi3", "stablelm": "stablelm", "opt": "opt", "bloom": "bloom",
+    "falcon": "falcon", "gpt2": "gpt2", "gpt_bigcode": "gpt2", "gptj": "gptj", "gpt_neo": "gpt_neo",
+    "gpt_neox": "gpt_neox", "mixtral": "mixtral", "granitemoe": "mixtral", "phimoe": "mixtral",
+    "qwen2_moe": "qwen_moe", "qwen3_moe": "qwen_moe", "olmoe": "olmoe", "gpt_oss": "gpt_oss",
+    "deepseek_v2": "deepseek", "deepseek_v3": "deepseek", "deepseek_v32": "deepseek",
+    "kimi_k2": "deepseek", "glm_moe_dsa": "deepseek", "glm4_moe_lite": "deepseek",
+    "glm4_moe": "glm4_moe", "dots1": "glm4_moe",
+    "ernie4_5_moe": "ernie4_5_moe", "hunyuan_v1_moe": "hunyuan_moe",
+    "qwen3_next": "qwen3_next", "qwen3_5_text": "qwen3_next", "qwen3_5_moe_text": "qwen3_next",
+    "nemotron_h": "nemotron_h", "granitemoehybrid": "granite_hybrid", "bamba": "granite_hybrid",
+    "mamba2": "mamba", "llama4": "llama4", "llama4_text": "llama4", "gemma3": "gemma3", "gemma3_text": "gemma3",
+    "qwen2_vl": "qwen_vl", "qwen2_vl_text": "qwen_vl", "qwen2_5_vl": "qwen_vl", "qwen2_5_vl_text": "qwen_vl",
+    "qwen3_vl": "qwen_vl", "qwen3_vl_text": "qwen_vl", "qwen3_vl_moe": "qwen_vl", "qwen3_vl_moe_text": "qwen_vl",
+    "qwen3_5": "qwen_vl", "qwen3_5_moe": "qwen_vl", "falcon_h1": "falcon_h1", "lfm2": "lfm2", "lfm2_moe": "lfm2",
+    "llava": "llava", "llava_next": "llava", "mistral3": "llava", "paligemma": "llava", "internvl": "llava",
+    "mllama": "mllama", "mllama_text_model": "mllama", "glm4v": "glm4v", "glm4v_text": "glm4v",
+    "glm4v_moe": "glm4v", "glm4v_moe_text": "glm4v",
 }  # fmt: skip
 
 
@@ -28,6 +50,15 @@ def from_config(values: dict[str, Any], where: str = "config.json", name: str = 
     8030261248
     """
     config = Config(values, where)
+    model = build(config)
+    object.__setattr__(model, "name", name or where)
+    object.__setattr__(model, "source", where)
+    return model
+
+
+def build(config: Config) -> Model:
+    """Hand the config to the file of its model_type; a wrapper does so with the language model inside."""
+    where = config.where + (f"#{config.pointer}" if config.pointer else "")
     family = config.text("model_type", "")
     if family not in BY_MODEL_TYPE:
         close = nearest(family, BY_MODEL_TYPE)
@@ -40,6 +71,4 @@ def from_config(values: dict[str, Any], where: str = "config.json", name: str = 
         )
     module = import_module(f"lora_planner.arch.{BY_MODEL_TYPE[family]}")
     model: Model = module.build(config)
-    object.__setattr__(model, "name", name or where)
-    object.__setattr__(model, "source", where)
     return model

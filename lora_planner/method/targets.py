@@ -85,8 +85,8 @@ def adapter_table(model: Model, method: Method) -> AdapterTable:
         found.extend(_tinker(model, method))
     if names:
         by_name, missed = _peft_names(model, names, method.rank)
-        taken = {a.linear.name for a in found}
-        found.extend(a for a in by_name if a.linear.name not in taken)
+        preset = {id(a.linear) for a in found}
+        found.extend(a for a in by_name if id(a.linear) not in preset)
     if not found:
         modules = {row.name.rsplit(".", 1)[-1] for row in (*model.linears, model.head)}
         close = [c for name in missed for c in nearest(name, modules, 1)]
@@ -154,8 +154,8 @@ def _peft_all_linear(model: Model, rank: int) -> list[Adapter]:
 def _peft_names(model: Model, names: Iterable[str], rank: int) -> tuple[list[Adapter], list[str]]:
     """peft's suffix matching of a list of module names, its rewriting of expert names included."""
     rewritten = REWRITTEN.get(model.peft_experts, {})
-    found: dict[str, Adapter] = {}
-    missed, moved = [], set()
+    found: list[Adapter] = []
+    missed, moved, taken = [], set(), set()
     for name in names:
         leaf = name.rsplit(".", 1)[-1]
         if leaf in rewritten:
@@ -164,11 +164,13 @@ def _peft_names(model: Model, names: Iterable[str], rank: int) -> tuple[list[Ada
         hits = [
             row
             for row in (*model.linears, *model.tower, model.head)
-            if row.name == name or row.name.endswith("." + name)
+            if (row.name == name or row.name.endswith("." + name))
+            # a bare name reaches modules only; a path ("experts.down_proj") is one of `target_parameters`
+            and (row.kind != PARAMETER or "." in name)
         ]
-        for row in hits:
-            pair = Adapter.of(row, rank)
-            found[f"{row.name}:{row.d_in}x{row.d_out}:{row.group}"] = replace(pair, fused=row.group == "experts")
+        fresh = [row for row in hits if id(row) not in taken]  # two kinds of layer may have equal rows
+        taken.update(id(row) for row in hits)
+        found += [replace(Adapter.of(row, rank), fused=row.group == "experts") for row in fresh]
         if not hits:
             missed.append(name)
     if moved:
@@ -179,9 +181,8 @@ def _peft_names(model: Model, names: Iterable[str], rank: int) -> tuple[list[Ada
                 "--targets",
                 "They are one fused tensor in this model: name both.",
             )
-        for pair in _peft_parameters(model, {rewritten[n] for n in moved}, rank, doubled=True):
-            found[pair.linear.name] = pair
-    return list(found.values()), missed
+        found += _peft_parameters(model, {rewritten[n] for n in moved}, rank, doubled=True)
+    return found, missed
 
 
 def _peft_parameters(model: Model, targets: set[str], rank: int, doubled: bool) -> list[Adapter]:

@@ -1,0 +1,3 @@
+from lora_planner.cli import main
+
+main()

@@ -1,0 +1,232 @@
+"""The commands. Parses words, calls the planner, prints; heavy imports live inside command bodies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_planner import __version__
+from lora_planner.errors import BadInput, LoraPlanError, UsageError
+
+METHODS = ["full", "lora", "qlora", "rslora", "dora", "lora-fa"]
+EXPERTS = ["per-expert", "per-expert-over-active", "shared-outer", "fused", "none"]
+
+
+class Commands(click.Group):
+    """Every command's errors end here: one line, the exit code of the error, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraPlanError as error:
+            _fail(error, as_json="--json" in sys.argv[1:])
+        except BrokenPipeError:  # `| head` closed our output: not an error of ours
+            sys.stderr.close()
+            sys.exit(0)
+
+
+def _fail(error: LoraPlanError, as_json: bool) -> None:
+    from lora_planner.render import error_object, one_line
+
+    if as_json:
+        click.echo(json.dumps(error_object(error)))
+    click.echo(f"lora-plan: {one_line(str(error))}", err=True)
+    sys.exit(error.exit_code)
+
+
+def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+MODEL = click.option("--model", required=True, metavar="NAME|PATH", help="Catalogue name, config.json, directory or hub id.")
+GPU = click.option("--gpu", metavar="NAME", help="Exact name, see `lora-plan gpus`.")
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+PRICES = click.option("--prices", metavar="FILE", help="Your prices (TOML); wins for the GPUs it names.")
+OFFLINE = click.option("--offline", is_flag=True, help="Never ask the hub.")
+ADAPTER = options(
+    click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True),
+    click.option("--rank", type=int, default=16, show_default=True),
+    click.option("--alpha", type=float, default=32.0, show_default=True),
+    click.option("--targets", default="all-linear", show_default=True,
+                 help="attention, mlp, ssm, all-linear, unembed, peft-all-linear or module names, with commas."),
+    click.option("--experts", type=click.Choice(EXPERTS), default="per-expert-over-active", show_default=True),
+)  # fmt: skip
+STEP = options(
+    click.option("--micro-batch", type=int, default=1, show_default=True),
+    click.option("--seq-len", type=int, default=2048, show_default=True),
+    click.option("--checkpointing", type=click.Choice(["none", "full"]), default="none", show_default=True),
+    click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"]), default="sdpa", show_default=True),
+)  # fmt: skip
+FINE = options(
+    click.option("--optimizer", type=click.Choice(["adamw", "adamw-fused", "adamw-foreach", "adamw-8bit"]),
+                 default="adamw", show_default=True),
+    click.option("--loss", type=click.Choice(["full", "chunked"]), default="full", show_default=True,
+                 help="Logits of all tokens at once, or in chunks."),
+    click.option("--stack", default="hf-trl", show_default=True, help="Software whose speed to assume."),
+)  # fmt: skip
+JOB = options(
+    click.option("--data", metavar="FILE", help="JSONL or Parquet: messages, prompt/completion or text."),
+    click.option("--tokens", metavar="N", help="Size of the data where there is no file yet: 10M."),
+    click.option("--tokenizer", metavar="PATH", help="tokenizer.json or its directory: exact counts."),
+    click.option("--max-length", type=int, help="Longest sample in tokens; longer ones are cut."),
+    click.option("--epochs", type=float, default=1.0, show_default=True),
+    click.option("--gpu", required=True, metavar="NAME[,NAME]", help="Exact names, see `lora-plan gpus`."),
+    click.option("--budget", type=float, metavar="USD"),
+    click.option("--deadline", type=float, metavar="HOURS"),
+    click.option("--first-epoch-loss", type=float, metavar="NATS", help="Measured, per trained token: sharpens capacity."),
+    click.option("--rl", is_flag=True, help="Reinforcement learning with a verifiable reward."),
+    click.option("--problems", type=int, help="RL: problems in the data."),
+    click.option("--group", type=int, default=16, show_default=True, help="RL: samples per problem."),
+    click.option("--pass-rate", type=float, help="RL: share of samples solved at the start."),
+)  # fmt: skip
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lora-plan")
+def main() -> None:
+    """What to run, whether it fits, what it costs, and how sure each number is.
+
+    \b
+    lora-plan recommend --model qwen3-8b --data chats.jsonl --gpu h100-sxm-80gb
+    """
+
+
+@main.command()
+@options(MODEL, JOB, PRICES, OFFLINE, JSON)
+def recommend(as_json: bool, **words: Any) -> None:
+    """Search methods, ranks, batches and GPUs for the plan to run.
+
+    \b
+    lora-plan recommend --model qwen3-8b --tokens 10M --gpu h100-sxm-80gb,rtx-4090 --budget 50
+    """
+    from lora_planner import render
+    from lora_planner.recommend import recommend as search
+
+    advice = search(_job(words))
+    if as_json:
+        click.echo(render.to_json(render.advice_object(advice)))
+    else:
+        render.show_advice(advice)
+    sys.exit(advice.exit_code)
+
+
+@main.command()
+@options(MODEL, ADAPTER, GPU, STEP, FINE, PRICES, OFFLINE, JSON)
+@click.option("--tokens", metavar="N", help="Tokens to train on: adds hours and cost of the run.")
+@click.option("--batch", "batch_file", metavar="FILE.jsonl", help="One configuration a line, one JSON line out each.")
+@click.pass_context
+def estimate(ctx: click.Context, as_json: bool, batch_file: str | None, **words: Any) -> None:
+    """Price one explicit configuration; search nothing.
+
+    \b
+    lora-plan estimate --model llama-3.1-8b --method lora --rank 16 --gpu rtx-4090 \\
+        --micro-batch 1 --seq-len 2048 --checkpointing full --json
+    """
+    from lora_planner import render
+
+    if batch_file:
+        sys.exit(_estimate_lines(batch_file, words))
+    models = words["model"].split(",")
+    if len(models) > 1 and as_json:
+        codes = [_estimate_line({**words, "model": name}) for name in models]
+        sys.exit(max(codes))
+    for name in models:
+        priced = _priced({**words, "model": name})
+        if as_json:
+            click.echo(render.to_json(render.estimate_object(priced)))
+        else:
+            render.show_estimate(priced)
+
+
+def _estimate_lines(path: str, defaults: dict[str, Any]) -> int:
+    """A line that is wrong yields an error object in its place; the others are still priced."""
+    file = Path(path)
+    if not file.is_file():
+        raise BadInput("there is no such file", path, "Give a JSONL file with one configuration a line.")
+    worst = 0
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                worst = max(worst, _estimate_line(defaults, line, f"{path}:{number}"))
+    return worst
+
+
+def _estimate_line(defaults: dict[str, Any], line: str = "{}", place: str = "--model") -> int:
+    from lora_planner import render
+
+    try:
+        try:
+            given = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput("not a JSON object", place, str(error)) from None
+        if not isinstance(given, dict):
+            raise BadInput("not a JSON object", place, "One object a line.")
+        words = {key.replace("-", "_"): value for key, value in given.items()}
+        unknown = sorted(set(words) - set(defaults))
+        if unknown:
+            raise BadInput(f"unknown names {unknown}", place, f"Known: {', '.join(sorted(defaults))}.")
+        click.echo(json.dumps(render.estimate_object(_priced({**defaults, **words}))))
+    except LoraPlanError as error:
+        click.echo(json.dumps(render.error_object(error)))
+        return error.exit_code
+    return 0
+
+
+@main.command()
+@click.argument("quantity")
+@options(MODEL, ADAPTER, STEP, FINE, PRICES, OFFLINE, JSON)
+@click.option("--gpu", metavar="NAME", default="h100-sxm-80gb", show_default=True)
+@click.option("--tokens", metavar="N", default="10M", show_default=True)
+def explain(quantity: str, as_json: bool, **words: Any) -> None:
+    """Each term of QUANTITY with value, basis, source and place in the code.
+
+    \b
+    QUANTITY: params, trainable, flops, memory, time, cost, capacity, learning-rate, batch
+    lora-plan explain memory --model qwen3-8b --micro-batch 4
+    """
+    from lora_planner import render
+    from lora_planner.plan import explain as terms
+
+    ledger = terms(quantity, _priced(words))
+    if as_json:
+        click.echo(render.to_json(render.ledger_envelope(ledger)))
+    else:
+        render.show_explanation(ledger)
+
+
+@main.command()
+@JSON
+def models(as_json: bool) -> None:
+    """The built-in models: names for --model."""
+    from lora_planner import render
+    from lora_planner.checkpoint import catalogue
+
+    rows = catalogue()
+    if as_json:
+        click.echo(render.to_json(render.rows_envelope(rows)))
+    else:
+        render.show_rows("models", rows)
+
+
+@main.command()
+@options(PRICES, JSON)
+def gpus(as_json: bool, prices: str | None) -> None:
+    """The built-in GPUs and their dated prices: names for --gpu."""
+    from lora_planner import render
+    from lora_planner.facts import gpu_rows
+
+    rows = gpu_rows(prices)
+    if as_json:
+        click.echo(render.to_json(render.rows_envelope(rows)))
+    else:
+        render.show_rows("gpus", rows)

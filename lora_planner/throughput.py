@@ -1,0 +1,207 @@
+"""How long one optimizer step takes on one GPU: a roofline with fitted efficiencies and a launch floor.
+
+Legend: T tokens of the step, L layers, H hidden_size, F intermediate_size, V vocab_size, A attention
+width (query heads * head_dim), K key/value width, passes = 1 forward + 2 backward + 1 if recomputed.
+
+A GPU does its work in `sum of terms` seconds, but no faster than the host can start its kernels:
+
+    step = max(matmul + adapters + attention + elementwise + optimizer + dequantise, kernels * launch)
+
+The efficiencies are rows of `data/constants.json`, fitted per software stack with the formulas of this
+file for the traffic and the kernels: a change of these formulas asks for a new fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from lora_planner.errors import BadInput, UnknownName
+from lora_planner.facts import Constant, Gpu, constants
+from lora_planner.ledger import DERIVED, FITTED, Estimate, Ledger, Term
+
+FORWARD, BACKWARD, RECOMPUTE = 1, 2, 1
+#: a weight in nf4 is read as half a byte, written as bf16, and read again by the matmul
+DEQUANTISE_BYTES = 4.5
+DEFAULT_STACK = "hf-trl"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one optimizer step asks of one GPU, all micro-batches together.
+
+    tokens              padded tokens that pass the model
+    linear_flops        frozen and trained matrices with the unembedding: forward, backward, recomputed
+    adapter_flops       the skinny matrices of LoRA, likewise
+    attention_flops     scores, values and scans, as the kernel executes them: half of the S x S square
+                        in a causal fused kernel, all of it in eager attention
+    activation_bytes    what element-wise kernels read and write: `elementwise_bytes`
+    weight_bytes_read   weights that the matmuls read, once a pass and micro-batch
+    optimizer_bytes     parameters, gradients and states that the optimizer touches: `adamw_bytes`
+    dequantised_params  4-bit weights expanded, once a pass and micro-batch
+    kernels             launches: `kernel_count`
+    dtype               of the matmuls
+    """
+
+    tokens: float
+    linear_flops: float
+    adapter_flops: float
+    attention_flops: float
+    activation_bytes: float
+    weight_bytes_read: float
+    optimizer_bytes: float
+    dequantised_params: float
+    kernels: float
+    dtype: str = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A software stack on one GPU: its constants by name."""
+
+    name: str
+    gpu: str
+    rows: dict[str, Constant]
+
+    def __getitem__(self, name: str) -> float:
+        return self.rows[name].value
+
+
+@cache
+def stacks() -> tuple[str, ...]:
+    """The stacks that have measured rows."""
+    return tuple(dict.fromkeys(row.stack for row in constants() if row.name == "matmul_efficiency"))
+
+
+def stack(name: str, gpu: Gpu) -> Stack:
+    """The constants of a stack: those fitted on this GPU, else the pooled ones ("*").
+
+    A stack nobody measured is an error: between two stacks on one box lies a factor of four (MLPerf
+    Llama-2-70B LoRA on 8 H100: 116 and 28 minutes).
+    """
+    if name not in stacks():
+        fix = f"Known: {', '.join(stacks())}. Or measure a step and add its rows."
+        raise UnknownName(f"no timings of the stack {name!r}", "data/constants.json", fix, known=stacks())
+    pooled = {row.name: row for row in constants() if row.stack == name and row.gpu == "*"}
+    own = {row.name: row for row in constants() if row.stack == name and row.gpu == gpu.name}
+    return Stack(name, gpu.name, pooled | own)
+
+
+# ---------------------------------------------------------------- what a step asks for
+
+
+def elementwise_bytes(
+    *, tokens: float, layers: int, hidden: int, attention: int, kv: int, intermediate: int, vocab: int,
+    adapted_in: int = 0, adapted_out: int = 0, eager_scores: float = 0, residual_bytes: int = 2,
+    passes: int = FORWARD + BACKWARD,
+) -> float:  # fmt: skip
+    """Bytes that norms, rotary embedding, activation, residuals, adapters and the loss move.
+
+        layer = (64 + 6 residual_bytes) H + 20 (A + K) + 10 F + 8 (residual_bytes - 2) H
+        T * (passes * (L * layer + 14 adapted_in + 12 adapted_out + 16 eager_scores) + 30 V)   [bytes]
+
+    Unfused kernels: a norm in fp32 reads and writes 32 bytes a feature, a residual three numbers, rotary
+    20 bytes, silu and the product 10. An adapter's input is cast to fp32 and back (14), its output scaled
+    and added (12). `adapted_*`: features into and out of all adapted matrices of the model.
+    `eager_scores`: scores a token that eager attention writes out, L * heads * S, 0 for fused kernels.
+    `residual_bytes`: 4 for a quantised base, whose residual stream `prepare_model_for_kbit_training`
+    keeps in fp32. Loss: cast to fp32, log-softmax, its gradient and the cast back.
+    Source: counted from modeling_llama.py of transformers and LoRA's forward in peft.
+
+    >>> elementwise_bytes(tokens=1, layers=1, hidden=1, attention=0, kv=0, intermediate=0, vocab=1)
+    258.0
+    """
+    layer = (64 + 6 * residual_bytes + 8 * (residual_bytes - 2)) * hidden + 20 * (attention + kv)
+    layer += 10 * intermediate
+    moved = layers * layer + 14 * adapted_in + 12 * adapted_out + 16 * eager_scores
+    return float(tokens * (passes * moved + 30 * vocab))
+
+
+def kernel_count(
+    *, layers: int, adapted: int = 0, quantised: int = 0, passes: int = FORWARD + BACKWARD, micro_batches: int = 1
+) -> int:
+    """Kernels started by one step.
+
+        micro_batches * (passes * (40 L + 7 adapted + quantised) + 60)   [launches]
+
+    40 a layer and pass: two unfused norms of 7, four projections, rotary 10, attention 3, MLP 5, residuals 2
+    and casts. 7 an adapted matrix: cast, dropout, A, B, scale, add, cast. 60: embedding, loss, clipping.
+    Source: counted from modeling_llama.py of transformers and LoRA's forward in peft.
+
+    >>> kernel_count(layers=32, adapted=224)
+    8604
+    """
+    return micro_batches * (passes * (40 * layers + 7 * adapted + quantised) + 60)
+
+
+def adamw_bytes(params: float, param_bytes: int = 4, state_bytes: int = 4) -> float:
+    """Bytes that torch's foreach AdamW moves for `params` trained weights.
+
+        params * (9 * param_bytes + 13 * state_bytes)   [bytes]
+
+    One pass over memory for every operation: decay (p r w), lerp (m r w, g r), mul (v r w), addcmul
+    (v r w, g r r), sqrt, div and add on a temporary (r w each, v first), addcdiv (p r w, m r, temp r),
+    zeroing and clipping of g (w, r, r w).
+    Source: torch/optim/adamw.py, `_multi_tensor_adamw`.
+
+    >>> adamw_bytes(1, 2, 2)
+    44
+    """
+    return params * (9 * param_bytes + 13 * state_bytes)
+
+
+# ---------------------------------------------------------------- how long that takes
+
+
+def roofline_s(work: Work, gpu: Gpu) -> float:
+    """No step is faster: every FLOP at the dense peak, every weight read at full bandwidth.
+
+        (max(linear / peak, weight bytes / bandwidth) + (adapter + attention) / peak)   [s]
+
+    Source: Williams et al. 2009, "Roofline", one roof for every kind of kernel.
+    """
+    peak = gpu.peak(work.dtype)
+    matmul = max(work.linear_flops / peak, work.weight_bytes_read / gpu.hbm_bytes_per_s)
+    return matmul + (work.adapter_flops + work.attention_flops) / peak
+
+
+def launch_floor_s(work: Work, stack: Stack) -> float:
+    """Seconds that the host needs to start the kernels: kernels * launch_s."""
+    return work.kernels * stack["launch_s"]
+
+
+def step_time(work: Work, gpu: Gpu, stack: Stack) -> Ledger:
+    """Seconds of one optimizer step on one GPU, by cause; `estimate()` has the 90 % interval.
+
+        max(gpu work, launch floor)   [s]
+
+    What the GPU waits for the host is its own term. The last term is zero and carries the spread of
+    measured over predicted times of this stack; its lower end stops at the compute roofline.
+    """
+    if work.tokens < 0 or stack.gpu != gpu.name:
+        raise BadInput("negative work, or constants of another GPU", f"{stack.name} on {gpu.name}")
+    peak, bandwidth = gpu.peak(work.dtype), gpu.hbm_bytes_per_s
+    memory = bandwidth * stack["memory_efficiency"]
+    matmul = max(
+        work.linear_flops / (peak * stack["matmul_efficiency"]),
+        work.weight_bytes_read / bandwidth,
+    )
+    seconds = {
+        "matmul": matmul,
+        "adapters": work.adapter_flops / (peak * stack["adapter_efficiency"]),
+        "attention": work.attention_flops / (peak * stack["attention_efficiency"]),
+        "elementwise": work.activation_bytes / memory,
+        "optimizer": work.optimizer_bytes / memory,
+        "dequantise": work.dequantised_params * DEQUANTISE_BYTES / (bandwidth * stack["dequantise_efficiency"]),
+    }
+    busy = sum(seconds.values())
+    waiting = max(0.0, launch_floor_s(work, stack) - busy)
+    total = busy + waiting
+    spread = stack.rows["spread"]
+    low = max(total * spread.low, min(total, roofline_s(work, gpu)))
+    terms = [Term(name, value, FITTED, "throughput.step_time") for name, value in seconds.items()]
+    terms.append(Term("waiting for launches", waiting, FITTED, "throughput.launch_floor_s"))
+    terms.append(
+        Term("spread", 0.0, FITTED, "throughput.step_time", low - total, total * (spread.high - 1), spread.source)
+    )
+    return Ledger("step time", "s", terms, f"stack {stack.name}, {gpu.name}, {work.dtype}, padded tokens")
