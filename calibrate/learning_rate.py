@@ -5,6 +5,11 @@
 Data: a public sweep of 23 models (learning rate x rank, one data set, batch 128, 780 steps) and the
 MLPerf Training results for Llama-2-70B LoRA. Errors are reported on models, families and batch
 sizes that the fit did not see.
+
+The law was chosen among about twenty candidates by the same left-out errors, and the sweep holds
+siblings (Kimi-K2 twice, Llama-3.1-8B twice, the 35B-A3B twice, Qwen3-30B-A3B three times), so "model
+left out" flatters it. "Family left out" is what to expect of a family that was not swept, and there
+it locates the optimum no better than a flat 3e-4.
 """
 
 from __future__ import annotations
@@ -21,14 +26,17 @@ import numpy as np
 from scipy.optimize import least_squares, minimize
 from scipy.stats import norm
 
-from lora_planner.learning_rate import FAMILIES, published_lora_lr
+from lora_planner.learning_rate import FAMILIES, PUBLISHED_POWERS, published_lora_lr
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 OUT = ROOT / "lora_planner" / "data" / "lr_constants.json"
 SWEEP = "thinking-machines-lab/tinker-cookbook@9dfcc3a2 sft_sweep.md (Tulu3, batch 128, 780 steps, alpha 32)"
 MLPERF = "MLPerf Training v4.0-v5.0 llama2_70b_lora (rank 16, alpha 32, sequence 8192)"
-RL_RUNS = "kenkuuu/lora-without-regret GRPO, Qwen3-1.7B, rank 1/16/256: 8e-5, 1e-4, 7e-5; one seed"
+RL_RUNS = "kenkuuu/lora-without-regret GRPO on MATH, Qwen3-1.7B, ranks 1, 16, 256, one seed"
+RL_PARAMS_B = 1.72
+RL_BEST = (8e-5, 1e-4, 7e-5)
+RL_GOOD = (2e-5, 2e-4)  # final accuracy of 0.80 or more at rank 1
 
 #: prior width of a family's offset in ln LR; leave-one-model-out is the same from 0.15 to 0.6
 FAMILY_SD = 0.3
@@ -89,13 +97,15 @@ def read_cells() -> list[Cell]:
             by_lr = losses.setdefault((row["model"], int(row["lora_rank"])), {})
             by_lr.setdefault(float(row["lr"]), []).append(float(row["test_nll"]))
     cells = []
-    for (model, rank), by_lr in losses.items():
+    for (model, r), by_lr in losses.items():
         ceiling = DIVERGED * min(min(v) for v in by_lr.values())
-        points = tuple((math.log(lr), float(np.mean(v))) for lr, v in sorted(by_lr.items()) if max(v) < ceiling)
+        points = tuple(
+            (math.log(lr), float(np.mean(v))) for lr, v in sorted(by_lr.items()) if max(v) < ceiling
+        )
         fact = facts[model]
         cells.append(
             Cell(model, FAMILIES[fact["model_type"]], float(fact["hidden_size"] or "nan"),
-                 float(fact["total_params_b"]), rank, points, *optimum(points))
+                 float(fact["total_params_b"]), r, points, *optimum(points))
         )  # fmt: skip
     return cells
 
@@ -116,13 +126,30 @@ def regret(cell: Cell, ln_lr: float) -> float:
     return float(here / best - 1)
 
 
-# ---------------------------------------------------------------- ln LR* = a + b ln(N/8e9) + c ln(r/16) + u[family]
+# ---------------------------------------------------------------- ln LR* = a + b ln N + c ln r + u[family]
 
 FAMILY_NAMES = sorted(set(FAMILIES.values()))
 Feature = Callable[[Cell], float]
-SIZE: Feature = lambda c: math.log(c.params_b / 8)  # noqa: E731
-WIDTH: Feature = lambda c: math.log(c.hidden / 4096)  # noqa: E731
-RANK: Feature = lambda c: math.log(c.rank / 16)  # noqa: E731
+
+
+def size(cell: Cell) -> float:
+    return math.log(cell.params_b / 8)
+
+
+def width(cell: Cell) -> float:
+    return math.log(cell.hidden / 4096)
+
+
+def rank(cell: Cell) -> float:
+    return math.log(cell.rank / 16)
+
+
+def by_model(cell: Cell) -> str:
+    return cell.model
+
+
+def by_family(cell: Cell) -> str:
+    return cell.family
 
 
 def fit_lr(cells: list[Cell], features: tuple[Feature, ...], family_sd: float = FAMILY_SD) -> np.ndarray:
@@ -157,7 +184,10 @@ def predict_lr(t: np.ndarray, cell: Cell, features: tuple[Feature, ...]) -> floa
 
 
 def left_out(
-    cells: list[Cell], features: tuple[Feature, ...], group: Callable[[Cell], str], family_sd: float = FAMILY_SD
+    cells: list[Cell],
+    features: tuple[Feature, ...],
+    group: Callable[[Cell], str],
+    family_sd: float = FAMILY_SD,
 ) -> list[float]:
     """ln LR predicted for every cell by the fit to all other groups."""
     fits = {
@@ -173,7 +203,8 @@ def score(cells: list[Cell], predicted: Iterable[float]) -> dict[str, float]:
     lost = np.array([100 * max(regret(c, p), 0.0) for c, p in pairs])
     return {
         "n": len(off), "within_1.5": float(np.mean(off <= math.log(1.5))),
-        "within_2": float(np.mean(off <= math.log(2))), "q90_factor": float(np.exp(np.quantile(off, 0.9))),
+        "within_2": float(np.mean(off <= math.log(2))), "q50_factor": float(np.exp(np.median(off))),
+        "q90_factor": float(np.exp(np.quantile(off, 0.9))), "max_factor": float(np.exp(off.max())),
         "bounds_kept": float(np.mean([c.low <= p <= c.high for c, p in pairs if not c.bracketed])),
         "n_regret": len(lost), "regret_median_%": float(np.median(lost)),
         "regret_p90_%": float(np.quantile(lost, 0.9)), "regret_max_%": float(lost.max()),
@@ -253,82 +284,108 @@ def fit_batch() -> dict[str, float]:
         "samples": math.exp(t[0]), "b0": math.exp(t[1]), "b0_low": min(b0), "b0_high": max(b0),
         "sd": float(np.std(law(t, sizes) - mean, ddof=2)), "n_batches": len(sizes), "n_rows": len(table),
         "left_out_max": max(abs(float(law(o, b) - y)) for o, b, y in zip(others, sizes, mean, strict=True)),
-        "power_exponent": float(power[0]), "power_sd": float(np.std(np.polyval(power, np.log(sizes)) - mean, ddof=2)),
+        "power_exponent": float(power[0]),
+        "power_sd": float(np.std(np.polyval(power, np.log(sizes)) - mean, ddof=2)),
         "lr_exponent": float(np.polyfit(np.log(batch), lr, 1)[0]),
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------- write
 
+Row = dict[str, Any]
 
-def row(name: str, value: float, low: float, high: float, n: int, source: str, basis: str = "fitted") -> dict[str, Any]:
-    short = [float(f"{v:.4g}") for v in (value, min(low, value), max(high, value))]
-    return {"name": name, "value": short[0], "low": short[1], "high": short[2], "basis": basis, "n": n, "source": source}
+
+def row(name: str, ends: Iterable[float], n: int, source: str, basis: str = "fitted") -> Row:
+    low, value, high = (float(f"{v:.4g}") for v in ends)
+    return {"name": name, "value": value, "low": low, "high": high, "basis": basis, "n": n, "source": source}
+
+
+def jackknife(full: np.ndarray, without: list[np.ndarray]) -> list[tuple[float, float, float]]:
+    """90 % intervals from leaving out one model at a time: one model's cells are not independent."""
+    spread = np.array(without) - np.mean(without, axis=0)
+    half = 1.645 * np.sqrt((len(without) - 1) / len(without) * (spread**2).sum(0))
+    return [(float(v - h), float(v), float(v + h)) for v, h in zip(full, half, strict=True)]
+
+
+def learning_rate_rows(cells: list[Cell]) -> list[Row]:
+    """Compare the candidates on what they did not see; write the one by size, rank and family."""
+    law = (size, rank)
+    published = [c for c in cells if c.family in PUBLISHED_POWERS]
+    wide = [c for c in cells if c.hidden > 0]
+    report = {
+        "flat 3e-4": score(cells, [math.log(3e-4)] * len(cells)),
+        "flat 3e-4, Llama and Qwen3": score(published, [math.log(3e-4)] * len(published)),
+        "published formula, Llama and Qwen3": score(
+            published, [math.log(published_lora_lr(int(c.hidden), c.family)) for c in published]
+        ),
+    }
+    for name, some, features, family_sd in (
+        ("rank, no family", cells, (rank,), 1e-3),
+        ("rank", cells, (rank,), FAMILY_SD),
+        ("width, rank", wide, (width, rank), FAMILY_SD),
+        ("size, rank, no family", cells, law, 1e-3),
+        ("size, rank", cells, law, FAMILY_SD),
+    ):
+        report[f"{name}: model left out"] = score(some, left_out(some, features, by_model, family_sd))
+        report[f"{name}: family left out"] = score(some, left_out(some, features, by_family, family_sd))
+    for name, values in report.items():
+        print(f"{name:40}", "  ".join(f"{k} {v:.3g}" for k, v in values.items()))
+
+    models = sorted({c.model for c in cells})
+    fit = fit_lr(cells, law)
+    ends = jackknife(fit, [fit_lr([c for c in cells if c.model != m], law) for m in models])
+    names = ["ln_lr", "size_exponent", "rank_exponent", *(f"family.{name}" for name in FAMILY_NAMES)]
+    out = [row(f"lr.{name}", e, len(cells), SWEEP) for name, e in zip(names, ends, strict=True)]
+    for name, how in (("lr.band", "model left out"), ("lr.band_new_family", "family left out")):
+        s = report[f"size, rank: {how}"]
+        errors = (s["q50_factor"], s["q90_factor"], s["max_factor"])
+        out.append(row(name, errors, int(s["n"]), f"50, 90, 100 % of errors, {how}; {SWEEP}"))
+
+    sft = fit[0] + fit[1] * math.log(RL_PARAMS_B / 8) + fit[3 + FAMILY_NAMES.index("qwen3")]
+    best = float(np.mean(np.log(RL_BEST)))
+    factors = [math.exp(x - sft) for x in (math.log(RL_GOOD[0]), best, math.log(RL_GOOD[1]))]
+    return [*out, row("lr.rl_factor", factors, len(RL_BEST), RL_RUNS, "assumed")]
+
+
+def penalty_rows(cells: list[Cell]) -> list[Row]:
+    data = penalties(cells)
+    off = np.exp(abs(penalty_errors(data)))
+    models = sorted({c.model for c, _, _ in data})
+    fit = fit_penalty(data)
+    ends = jackknife(fit, [fit_penalty([d for d in data if d[0].model != m]) for m in models])
+    scale = [math.exp(e) for e in ends[0]]
+    band = (float(np.median(off)), float(np.quantile(off, 0.9)), float(off.max()))
+    print(f"rank penalty: n {len(data)}  within_2 {np.mean(off < 2):.2f}  q90_factor {band[1]:.2f}")
+    return [
+        row("penalty.scale", scale, len(data), SWEEP),
+        row("penalty.size_exponent", ends[1], len(data), SWEEP),
+        row("penalty.rank_exponent", ends[2], len(data), SWEEP),
+        row("penalty.band", band, len(data), f"50, 90, 100 % of errors, model left out; {SWEEP}"),
+        row(
+            "penalty.floor",
+            (2e-4, PENALTY_FLOOR, 1e-3),
+            0,
+            "chosen; repeated runs differ by 0.02 %",
+            "assumed",
+        ),
+    ]
+
+
+def batch_rows() -> list[Row]:
+    b = fit_batch()
+    print("batch:", "  ".join(f"{k} {v:.4g}" for k, v in b.items()))
+    band, n = math.exp(1.645 * b["sd"]), int(b["n_batches"])
+    return [
+        row("batch.samples", (b["samples"] / band, b["samples"], b["samples"] * band), n, MLPERF),
+        row("batch.critical", (b["b0_low"], b["b0"], b["b0_high"]), n, MLPERF),
+        row("batch.sd", (b["power_sd"], b["sd"], b["left_out_max"]), n, MLPERF),
+    ]
 
 
 def main() -> None:
     cells = read_cells()
-    law = (SIZE, RANK)
-    report = {"flat 3e-4": score(cells, [math.log(3e-4)] * len(cells))}
-    known = [c for c in cells if c.family in ("llama", "qwen3")]
-    published = [math.log(published_lora_lr(int(c.hidden), c.family)) for c in known]
-    report["published formula (Llama, Qwen3 only)"] = score(known, published)
-    report["flat 3e-4 (Llama, Qwen3 only)"] = score(known, [math.log(3e-4)] * len(known))
-    wide = [c for c in cells if c.hidden > 0]
-    for name, some, features, sd in (
-        ("rank, no family", cells, (RANK,), 1e-3), ("rank", cells, (RANK,), FAMILY_SD),
-        ("width and rank", wide, (WIDTH, RANK), FAMILY_SD), ("size and rank, no family", cells, law, 1e-3),
-        ("size and rank", cells, law, FAMILY_SD),
-    ):  # fmt: skip
-        report[f"{name}: model left out"] = score(some, left_out(some, features, lambda c: c.model, sd))
-        report[f"{name}: family left out"] = score(some, left_out(some, features, lambda c: c.family, sd))
-    for name, values in report.items():
-        print(f"{name:40}", "  ".join(f"{k} {v:.3g}" for k, v in values.items()))
-
-    t = fit_lr(cells, law)
-    models = sorted({c.model for c in cells})
-    jack = np.array([fit_lr([c for c in cells if c.model != m], law) for m in models])
-    # jackknife over models: one model's cells are no independent rows
-    sd = np.sqrt((len(models) - 1) / len(models) * ((jack - jack.mean(0)) ** 2).sum(0)) * 1.645
-    known_band = report["size and rank: model left out"]["q90_factor"]
-    new_band = report["size and rank: family left out"]["q90_factor"]
-    fields = ["ln_lr", "size_exponent", "rank_exponent", *(f"family.{name}" for name in FAMILY_NAMES)]
-    out = [
-        row(f"lr.{name}", t[i], t[i] - sd[i], t[i] + sd[i], len(cells), SWEEP) for i, name in enumerate(fields)
-    ]
-    out += [
-        row("lr.band", known_band, 1, known_band, len(cells), f"90th percentile, model left out; {SWEEP}"),
-        row("lr.band_new_family", new_band, 1, new_band, len(cells), f"90th percentile, family left out; {SWEEP}"),
-    ]
-    at_1_7b = t[0] + t[1] * math.log(1.72 / 8) + t[3 + FAMILY_NAMES.index("qwen3")]
-    rl = [math.exp(math.log(lr) - at_1_7b) for lr in (8e-5, 1e-4, 7e-5)]
-    rl_band = [math.exp(math.log(lr) - at_1_7b) for lr in (2e-5, 2e-4)]  # final accuracy >= .80
-    out.append(row("lr.rl_factor", float(np.exp(np.mean(np.log(rl)))), *rl_band, 3, RL_RUNS, "assumed"))
-
-    data = penalties(cells)
-    errors = penalty_errors(data)
-    p = fit_penalty(data)
-    band = float(np.exp(np.quantile(abs(errors), 0.9)))
-    print(f"rank penalty: n {len(data)}  within x2 {np.mean(abs(errors) < math.log(2)):.2f}  90 % within x{band:.2f}")
-    pj = np.array([fit_penalty([d for d in data if d[0].model != m]) for m in models])
-    ps = np.sqrt((len(models) - 1) / len(models) * ((pj - pj.mean(0)) ** 2).sum(0)) * 1.645
-    out += [
-        row("penalty.scale", math.exp(p[0]), math.exp(p[0] - ps[0]), math.exp(p[0] + ps[0]), len(data), SWEEP),
-        row("penalty.size_exponent", p[1], p[1] - ps[1], p[1] + ps[1], len(data), SWEEP),
-        row("penalty.rank_exponent", p[2], p[2] - ps[2], p[2] + ps[2], len(data), SWEEP),
-        row("penalty.band", band, 1, band, len(data), f"90th percentile, model left out; {SWEEP}"),
-        row("penalty.floor", PENALTY_FLOOR, 2e-4, 1e-3, 66, f"repeated runs differ by a median 0.02 %; {SWEEP}"),
-    ]
-
-    b = fit_batch()
-    print("batch:", "  ".join(f"{k} {v:.4g}" for k, v in b.items()))
-    band = math.exp(1.645 * b["sd"])
-    out += [
-        row("batch.samples", b["samples"], b["samples"] / band, b["samples"] * band, b["n_batches"], MLPERF),
-        row("batch.critical", b["b0"], b["b0_low"], b["b0_high"], b["n_batches"], MLPERF),
-        row("batch.sd", b["sd"], b["power_sd"], b["left_out_max"], b["n_batches"], MLPERF),
-    ]
-    OUT.write_text(json.dumps({"schema": 1, "constants": out}, indent=1) + "\n", encoding="utf-8")
+    constants = learning_rate_rows(cells) + penalty_rows(cells) + batch_rows()
+    OUT.write_text(json.dumps({"schema": 1, "constants": constants}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -177,27 +177,23 @@ def packed_rows(histogram: Histogram, capacity: int) -> int:
     for length, left in reversed(clipped(histogram, capacity)):
         while left:
             at = bisect_left(sizes, length)
-            if at < len(sizes):
-                size = sizes[at]
-                available = room[size]
-            else:
-                size, available = capacity, -(-left // (capacity // length))
-                rows += available
-                room[size] += available
-                insort(sizes, size)
-            # fill row after row: once touched, a row is the fullest that fits until it is full
-            each = size // length
+            if at == len(sizes):
+                rows += (new := -(-left // (capacity // length)))
+                room[capacity] += new
+                sizes.append(capacity)
+            size = sizes[at]
+            # row after row: once touched, a row is the fullest that fits until it is full
+            each, available = size // length, room[size]
             whole, rest = (available, 0) if left >= available * each else divmod(left, each)
-            used = whole + (1 if rest else 0)
             left -= whole * each + rest
-            for free, n in ((size - each * length, whole), (size - rest * length, 1 if rest else 0)):
+            room[size] -= whole + (rest > 0)
+            if not room[size]:
+                del sizes[at]
+            for free, n in ((size - each * length, whole), (size - rest * length, int(rest > 0))):
                 if n and free:
                     if not room[free]:
                         insort(sizes, free)
                     room[free] += n
-            room[size] -= used
-            if not room[size]:
-                sizes.remove(size)
     return rows
 
 
@@ -367,8 +363,8 @@ def _turns(turns: object, role_key: str, text_key: str) -> list[Piece]:
         if not isinstance(turn, dict):
             raise _BadRow(f"expected a message object, got {type(turn).__name__}")
         role, text = turn.get(role_key), turn.get(text_key)
-        if not isinstance(role, str):
-            raise _BadRow(f"a message without {role_key!r}")
+        if not isinstance(role, str) or not role.isascii():
+            raise _BadRow(f"a message without a {role_key!r} in plain letters")
         if text.__class__ is not str:
             text = _content(text, text_key)
         if turn.get("tool_calls"):  # no two templates write them alike; their JSON is close
@@ -701,10 +697,10 @@ class _Tally:
         Truncation removes a smaller share of fewer tokens, so the middle's share bounds both sides.
         """
         how = self.counting
+        plain = sum(self.lengths.values()) - self.chats
         basis = how.chat_basis if self.chats else how.text_basis
         if basis == EXACT:
             return exact(kept, "tokens", "counted with the tokenizer")
-        plain = sum(self.lengths.values()) - self.chats
         spreads = [(plain, how.plain_spread)]
         if trained:
             spreads += [(self.answers, (1, THINK_BLOCK))]  # some trainers mask the end of a turn
@@ -798,7 +794,10 @@ def _tally_rows(rows: Iterable[tuple[int, object]], tally: _Tally) -> None:
         counts = tally.counting.count(texts)
         at = 0
         for line, schema, pieces, chat in batch:
-            tally.add(line, schema, pieces, chat, counts[at : at + len(pieces)])
+            of_row = counts[at : at + len(pieces)]
+            if schema == "prompt_completion" and not chat:
+                of_row = _apart(*of_row)
+            tally.add(line, schema, pieces, chat, of_row)
             at += len(pieces)
 
     for line, row in rows:
@@ -818,12 +817,21 @@ def _tally_rows(rows: Iterable[tuple[int, object]], tally: _Tally) -> None:
             tally.add_bad(line, str(bad))
             continue
         batch.append((line, schema, pieces, chat))
-        texts += found
+        if schema == "prompt_completion" and not chat:
+            texts += [found[0], found[0] + found[1]]
+        else:
+            texts += found
         tally.rendered += chat and any(mark in text for text in found for mark in RENDERED)
         if len(batch) == 256 or size > 4 * 1024**2:
             flush()
             batch, texts, size = [], [], 0
     flush()
+
+
+def _apart(prompt: Range, joined: Range) -> list[Range]:
+    """Prompt and completion out of the prompt and both joined, as TRL does it: a token may span the two."""
+    first = (min(prompt[0], joined[0]), min(prompt[1], joined[1]), min(prompt[2], joined[2]))
+    return [first, (joined[0] - first[0], joined[1] - first[1], joined[2] - first[2])]
 
 
 def _facts(name: str, sha256: str, tally: _Tally) -> DataFacts:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from lora_planner.errors import BadInput, UnknownName
+from lora_planner.errors import BadInput, UnknownName, UnsupportedAdapter
 from lora_planner.ledger import EXACT, Ledger, Term
 from lora_planner.method import Method
 from lora_planner.method import method as checked_method
@@ -31,9 +31,12 @@ UNIT = "FLOP/token"
 ATTENTION = ("sdpa", "eager", "flash")
 CHECKPOINTING = ("none", "full")
 #: they drop out the MLP's output, whose mask is saved after the layer's last product
-DROPOUT_LAST = frozenset({"gpt2", "gpt_bigcode", "opt"})
+DROPOUT_LAST = frozenset({"gpt2", "gpt_bigcode", "opt", "seed_oss"})
 
 FORWARD, BACKWARD, SKIPPED, AGAIN, STOPPED = "forward", "backward", "skipped", "again", "stopped"
+#: kinds of work that a model of time rates alike
+SCANS = ("scans", "convolutions")
+ADAPTERS = ("adapters", "merged adapters", "DoRA norms")
 CONVENTION = (
     "matrix products, convolutions and scans as transformers and peft execute them, 2 FLOP a "
     "multiply-add; attention over all S x S pairs"
@@ -57,6 +60,9 @@ def idle(row: Linear) -> int:
     """Experts that transformers multiplies although no token chose them (Llama-4).
 
         2 * d_in * d_out * (computed - used)        [FLOP/token]
+
+    >>> idle(Linear("experts.down_proj", 8192, 5120, count=16, used=1, computed=16))
+    1258291200
     """
     return 2 * row.d_in * row.d_out * max(0, row.computed - row.used)
 
@@ -139,9 +145,32 @@ def scan_backward(scan: Scan, seq_len: int) -> float:
 def convolution(scan: Scan, seq_len: int) -> float:
     """A depthwise convolution, whose padding transformers computes too. Its gradients cost as much.
 
-    2 * channels * kernel * (S + kernel - 1) / S        [FLOP/token]
+        2 * channels * kernel * (S + kernel - 1) / S        [FLOP/token]
+
+    Source: causal_conv1d_fn of transformers 5.23.
     """
     return 2 * scan.conv_channels * scan.conv_kernel * (seq_len + scan.conv_kernel - 1) / seq_len
+
+
+def adapter_flops(adapter: Adapter) -> tuple[int, int]:
+    """x A and (x A) B of one token, through the copies that it passes.
+
+        2 * r * d_in * copies of A,  2 * r * d_out * copies of B        [FLOP/token]
+
+    >>> adapter_flops(Adapter.of(Linear("q", 4096, 4096), rank=16))
+    (131072, 131072)
+    """
+    return 2 * adapter.a_active, 2 * adapter.b_active
+
+
+def adapter_backward(a: float, b: float, train_a: bool, live: bool) -> float:
+    """dB, always; the gradient of x A, dA and dX where there is a use for them.
+
+        b + b [A or anything before it trains] + a [A trains] + a [anything before it trains]
+
+    with a and b of `adapter_flops`        [FLOP/token]
+    """
+    return b + b * (train_a or live) + a * train_a + a * live
 
 
 def merge(adapter: Adapter) -> int:
@@ -149,8 +178,8 @@ def merge(adapter: Adapter) -> int:
 
         2 * r * d_in * d_out * copies        [FLOP/pass]
 
-    Forward it is computed twice (registering a parametrization evaluates it once more), backward
-    there are dA and dB.
+    Forward it is computed twice, because registering a parametrization evaluates it once more; a
+    router, one matrix, takes the way of plain LoRA and is computed once. Backward: dA and dB.
 
     Source: peft 0.21 ParamWrapper._activate_lora.
     """
@@ -230,18 +259,21 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An adapter as one layer sees it: FLOP/token of x A and of (x A) B, FLOP/pass of the rest."""
+    """An adapter as one layer sees it: `adapter_flops`, `merge` and how often, `dora_norm`."""
 
     a: float
     b: float
     merged: int
+    merges: int
     norm: int
 
 
 Pairs = Mapping[str, list[Pair]]
 
 
-def _pairs(rows: Iterable[Linear], layers: int, pool: Counter[Adapter], equal: Counter[Linear], dora: bool) -> Pairs:
+def _pairs(
+    rows: Iterable[Linear], layers: int, pool: Counter[Adapter], equal: Counter[Linear], dora: bool
+) -> Pairs:
     """The adapters of these rows, per layer. A convention may adapt parts of a matrix's outputs, each
     on its own: so rows and adapters are matched without d_out. Rows that are equal in two kinds of
     layer have their adapters twice in the table."""
@@ -251,10 +283,12 @@ def _pairs(rows: Iterable[Linear], layers: int, pool: Counter[Adapter], equal: C
         for adapter, times in pool.items():
             if replace(adapter.linear, d_out=row.d_out) != whole:
                 continue
+            a, b = adapter_flops(adapter)
             pair = Pair(
-                2 * adapter.a_active / layers,
-                2 * adapter.b_active / layers,
+                a / layers,
+                b / layers,
                 merge(adapter) // layers if adapter.fused else 0,
+                2 if row.count > 1 else 1,
                 dora_norm(adapter) // layers if dora and not adapter.fused else 0,
             )
             found.setdefault(row.name, []).extend([pair] * max(1, times // equal[whole]))
@@ -270,14 +304,16 @@ class Trained:
     dora: bool
 
 
-def _forward(rows: Iterable[Linear], mixer: Attention | Scan | None, pairs: Pairs, kind: str = "matrices") -> Tally:
+def _forward(
+    rows: Iterable[Linear], mixer: Attention | Scan | None, pairs: Pairs, kind: str = "matrices"
+) -> Tally:
     tally = Tally()
     for row in rows:
         tally.add(kind, Work(matrix(row)))
         tally.add("idle experts", Work(idle(row)))
         for pair in pairs.get(row.name, ()):
             if pair.merged:
-                tally.add("merged experts", Work(once=2 * pair.merged))
+                tally.add("merged adapters", Work(once=pair.merges * pair.merged))
             else:
                 tally.add("adapters", Work(pair.a + pair.b))
             tally.add("DoRA norms", Work(once=pair.norm))
@@ -298,15 +334,23 @@ def _row_backward(row: Linear, pairs: list[Pair], live: bool, trained: Trained) 
     tally.add("idle experts", Work(idle(row) * (live + (trained.full or merged))))
     for pair in pairs:
         if pair.merged:
-            tally.add("merged experts", Work(once=pair.merged * (1 + trained.train_a)))
-        else:  # dB; gradient of x A; dA; dX
-            a, b, train_a = pair.a, pair.b, trained.train_a
-            tally.add("adapters", Work(b + b * (train_a or live) + a * train_a + a * live))
+            tally.add("merged adapters", Work(once=pair.merged * (1 + trained.train_a)))
+        else:
+            tally.add("adapters", Work(adapter_backward(pair.a, pair.b, trained.train_a, live)))
     return tally
 
 
-def _backward(block: Block, pairs: Pairs, live: bool, trained: Trained, fused: bool) -> tuple[Tally, bool]:
-    """One layer, and whether the next one's input is live."""
+def layer_backward(
+    block: Block, pairs: Pairs, live: bool, trained: Trained, attention: str
+) -> tuple[Tally, bool]:
+    """One layer's gradients, given whether anything before it trains; and whether anything up to it does.
+
+    The gradient of a matrix's input is needed where a matrix that it reads from is live: trains or
+    reads from a live one. So attention's adapters spare the first layer its q, k and v, the MLP's
+    all of its attention; the scores follow q, k and v, each on its own unless in a fused kernel.
+
+    Source: reproduces FlopCounterMode for every target set of peft that was tried.
+    """
     tally = Tally()
     lives = {"in": live}
     for row in block.linears:
@@ -319,18 +363,16 @@ def _backward(block: Block, pairs: Pairs, live: bool, trained: Trained, fused: b
         return any(lives.get(name, live) for name in names)
 
     if isinstance(mixer, Attention):
-        flash = fused and not mixer.math_only
-        tally.add(
-            "scores",
-            Work(pair=scores_backward(mixer, reach(mixer.q), reach(mixer.k), reach(mixer.v), flash)),
-        )
-    elif isinstance(mixer, Scan) and (reach(mixer.reads) or live):
+        flash = attention == "flash" or (attention == "sdpa" and not mixer.math_only)
+        needed = scores_backward(mixer, reach(mixer.q), reach(mixer.k), reach(mixer.v), flash)
+        tally.add("scores", Work(pair=needed))
+    elif isinstance(mixer, Scan) and reach(mixer.reads):
         tally.add("scans", Work(scans=((mixer, 0, 1, 0),)))
         tally.add("convolutions", Work(scans=((mixer, 0, 0, 2 if trained.full else 1),)))
     return tally, any(lives.values())
 
 
-def _not_repeated(block: Block, pairs: Pairs, trained: Trained, model_type: str) -> Work:
+def not_repeated(block: Block, pairs: Pairs, trained: Trained, model_type: str) -> Work:
     """What recomputation leaves out of a layer: it stops when the last tensor that the backward needs
     is there, so the last product is not run, unless a norm, a dropout or the experts' weights follow.
     With an adapter on that last matrix it is the adapter's B."""
@@ -363,21 +405,29 @@ class FlopTable:
     windows: tuple[tuple[int | None, int], ...]  # (window, FLOP/token/S) of the layers with scores
 
 
-WHY = {
-    "matrices": "flops.matrix", "unembedding": "flops.matrix", "input gradients": "flops.matrix",
-    "weight gradients": "flops.matrix", "idle experts": "flops.idle", "scores": "flops.scores",
-    "scans": "flops.scan_forward", "convolutions": "flops.convolution", "adapters": "flops.adapter_flops",
-    "merged experts": "flops.merge", "DoRA norms": "flops.dora_norm",
+#: (phase, kind): name of the term, function that explains it
+TERMS = {
+    (FORWARD, "matrices"): ("matrices, forward", "flops.matrix"),
+    (FORWARD, "unembedding"): ("unembedding, forward", "flops.matrix"),
+    (FORWARD, "idle experts"): ("experts computed but not chosen, forward", "flops.idle"),
+    (FORWARD, "adapters"): ("adapters, forward", "flops.adapter_flops"),
+    (FORWARD, "merged adapters"): ("adapters merged into experts, forward", "flops.merge"),
+    (FORWARD, "DoRA norms"): ("DoRA norms", "flops.dora_norm"),
+    (FORWARD, "scores"): ("attention scores, forward", "flops.scores"),
+    (FORWARD, "scans"): ("scans, forward", "flops.scan_forward"),
+    (FORWARD, "convolutions"): ("convolutions, forward", "flops.convolution"),
+    (BACKWARD, "input gradients"): ("input gradients", "flops.matrix"),
+    (BACKWARD, "weight gradients"): ("weight gradients", "flops.matrix"),
+    (BACKWARD, "idle experts"): ("experts computed but not chosen, backward", "flops.idle"),
+    (BACKWARD, "adapters"): ("adapters, backward", "flops.adapter_backward"),
+    (BACKWARD, "merged adapters"): ("adapters merged into experts, backward", "flops.merge"),
+    (BACKWARD, "scores"): ("attention scores, backward", "flops.scores_backward"),
+    (BACKWARD, "scans"): ("scans, backward", "flops.scan_backward"),
+    (BACKWARD, "convolutions"): ("convolutions, backward", "flops.convolution"),
+    (SKIPPED, ""): ("gradients that nobody needs", "flops.layer_backward"),
+    (AGAIN, ""): ("recomputed forward", "flops.not_repeated"),
+    (STOPPED, ""): ("recomputation stops early", "flops.not_repeated"),
 }  # fmt: skip
-NAMES = {
-    (FORWARD, "idle experts"): "experts computed but not chosen, forward",
-    (BACKWARD, "idle experts"): "experts computed but not chosen, backward",
-    (BACKWARD, "input gradients"): "input gradients",
-    (BACKWARD, "weight gradients"): "weight gradients",
-    (SKIPPED, ""): "input gradients that nobody needs",
-    (AGAIN, ""): "recomputed forward",
-    (STOPPED, ""): "recomputation stops early",
-}
 
 
 @lru_cache(maxsize=4096)
@@ -392,11 +442,11 @@ def table(
 
     `input_grads`: as `enable_input_require_grads`; peft turns it on when checkpointing is on.
     """
-    if attention not in ATTENTION:
-        raise UnknownName(f"attention {attention!r} is not known", "--attention", f"Known: {', '.join(ATTENTION)}.")
-    if checkpointing not in CHECKPOINTING:
-        raise UnknownName(f"checkpointing {checkpointing!r} is not known", "--checkpointing",
-                          f"Known: {', '.join(CHECKPOINTING)}.")  # fmt: skip
+    for name, value, known in (
+        ("attention", attention, ATTENTION), ("checkpointing", checkpointing, CHECKPOINTING)
+    ):  # fmt: skip
+        if value not in known:
+            raise UnknownName(f"{name} {value!r} is not known", f"--{name}", f"Known: {', '.join(known)}.")
     trained = Trained(method.is_full, method.name != "lora-fa", method.name == "dora")
     pool = Counter(adapter_table(model, method).adapters)
     equal = Counter(row.times(block.count) for block in model.blocks for row in block.linears)
@@ -407,7 +457,6 @@ def table(
     ends = _pairs((*model.extra_linears, model.head), 1, pool, equal, trained.dora)
     again = checkpointing == "full"
     live = trained.full or input_grads or again
-    fused = attention != "eager"
     phases = {phase: Tally() for phase in (FORWARD, BACKWARD, SKIPPED, AGAIN, STOPPED)}
 
     before = [row for row in model.extra_linears if not row.name.endswith("project_out")]
@@ -418,17 +467,18 @@ def table(
     for block, pairs in zip(model.blocks, by_block, strict=True):
         forward = _forward(block.linears, block.mixer, pairs)
         phases[FORWARD].join(forward, block.count)
-        phases[BACKWARD].join(_backward(block, pairs, True, trained, fused)[0], block.count)
+        phases[BACKWARD].join(layer_backward(block, pairs, True, trained, attention)[0], block.count)
         if again:
             phases[AGAIN].join(forward, block.count)
-            phases[STOPPED].add("early stop", _not_repeated(block, pairs, trained, model.model_type).times(-block.count))
+            spared = not_repeated(block, pairs, trained, model.model_type)
+            phases[STOPPED].add("early stop", spared.times(-block.count))
     for i in model.order:
         if live:
             break
         block, pairs = model.blocks[i], by_block[i]
-        needed, live = _backward(block, pairs, False, trained, fused)
+        needed, live = layer_backward(block, pairs, False, trained, attention)
         phases[SKIPPED].join(needed)
-        phases[SKIPPED].join(_backward(block, pairs, True, trained, fused)[0], -1)
+        phases[SKIPPED].join(layer_backward(block, pairs, True, trained, attention)[0], -1)
     phases[FORWARD].join(_forward(model.extra_linears, None, ends))
     for row in after:
         phases[BACKWARD].join(_row_backward(row, ends.get(row.name, []), live, trained))
@@ -439,7 +489,12 @@ def table(
     for block in model.blocks:
         if isinstance(block.mixer, Attention):
             windows[block.mixer.window] += scores(block.mixer) * block.count
-    rows = tuple(Row(kind, phase, work) for phase, tally in phases.items() for kind, work in tally.by_kind.items() if work)
+    rows = tuple(
+        Row(kind, phase, work)
+        for phase, tally in phases.items()
+        for kind, work in tally.by_kind.items()
+        if work
+    )
     return FlopTable(rows, _terms(rows), tuple(windows.items()))
 
 
@@ -450,30 +505,22 @@ def _terms(rows: tuple[Row, ...]) -> tuple[tuple[str, str, str, Work], ...]:
         key = (row.phase, row.kind if row.phase in (FORWARD, BACKWARD) else "")
         summed[key] = summed.get(key, Work()) + row.work
     return tuple(
-        (NAMES.get((phase, kind), f"{kind}, {phase}"), phase, WHY.get(kind, "flops.table"), work)
-        for (phase, kind), work in summed.items()
+        (TERMS[phase, kind][0], phase, TERMS[phase, kind][1], work) for (phase, kind), work in summed.items()
     )
-
-
-def adapter_flops(adapter: Adapter) -> int:
-    """x A and (x A) B of one token through the copies it passes; backward as much again twice, less
-    what has no use before the first trained matrix.
-
-        2 * r * (d_in * copies of A + d_out * copies of B)        [FLOP/token]
-
-    >>> adapter_flops(Adapter.of(Linear("q", 4096, 4096), rank=16))
-    262144
-    """
-    return 2 * (adapter.a_active + adapter.b_active)
 
 
 def _checked(seq_len: int, batch: int) -> None:
     if seq_len < 1 or batch < 1:
-        raise BadInput(f"{batch} sequences of {seq_len} tokens are no batch", "seq_len, batch", "Use 1 or more.")
+        raise BadInput(f"{batch} x {seq_len} tokens are no batch", "batch, seq_len", "Use 1 or more of each.")
 
 
 def _ledger(
-    quantity: str, seq_len: int, batch: int, found: FlopTable, keep: Callable[[str, str], bool], note: str = ""
+    quantity: str,
+    seq_len: int,
+    batch: int,
+    found: FlopTable,
+    keep: Callable[[str, str], bool],
+    note: str = "",
 ) -> Ledger:
     _checked(seq_len, batch)
     terms = [
@@ -564,7 +611,18 @@ def linear_break_even_rank(model: Model, method: Method) -> float:
     """
     rank = top_k(model) or 1  # whole ranks per expert, where experts share the rank
     pairs = adapter_table(model, replace(method, rank=rank)).adapters
-    return model.matmul_active * rank / (3 * sum(p.a_active + p.b_active for p in pairs if not p.fused))
+    met = [pair for pair in pairs if not pair.fused and pair.linear not in model.tower]
+    if not met:
+        raise _no_rank(method)
+    return model.matmul_active * rank / (3 * sum(pair.a_active + pair.b_active for pair in met))
+
+
+def _no_rank(method: Method) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"targets {','.join(method.targets)} put no adapter in a text token's way: no rank breaks even",
+        "--targets",
+        "Adapt a matrix of the language model, with --experts other than fused.",
+    )
 
 
 def break_even_rank(
@@ -581,10 +639,14 @@ def break_even_rank(
         r* = r1 (full - at 0) / (at r1 - at 0),  FLOP being linear in the rank        [rank]
     """
     rank = top_k(model) or 1
-    one, two = (
-        train(model, replace(method, rank=n * rank), seq_len, attention, checkpointing, batch).total for n in (1, 2)
-    )
-    full = train(model, full_of(method), seq_len, attention, checkpointing, batch).total
+
+    def total(m: Method) -> float:
+        return train(model, m, seq_len, attention, checkpointing, batch).total
+
+    one, two = (total(replace(method, rank=n * rank)) for n in (1, 2))
+    if one == two:
+        raise _no_rank(method)
+    full = total(full_of(method))
     return max(0.0, rank * (1 + (full - one) / (two - one)))
 
 
@@ -640,7 +702,3 @@ def split(
         sum(parts[kind] for kind in SCANS),
         sum(back[kind] for kind in SCANS),
     )
-
-
-SCANS = ("scans", "convolutions")
-ADAPTERS = ("adapters", "merged experts", "DoRA norms")

@@ -37,8 +37,8 @@ from lora_planner.model import Model
 CATALOGUE = Path(__file__).parent / "data" / "models"
 MAX_TEXT = 4096  # the longest path of Linux
 GIVE = "Give a name of the catalogue, a hub id or a path."
-#: as the hub allows it: ASCII, no part starts with "." or "-", no ".." and no "--"
-HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+#: as the hub allows it: ASCII, no part starts or ends with "." or "-", no "..", "--" or ".git"
+HUB_ID = re.compile(r"(?=.{3,96}$)(?!.*(\.\.|--|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 #: keys of a config.json that would run code or pick code to run, in transformers
 EXECUTABLE = ("auto_map", "trust_remote_code", "_attn_implementation_internal", "custom_pipelines")
 
@@ -155,7 +155,8 @@ def _from_file(path: Path, where: str) -> Model:
     if suffix == ".safetensors":
         raise BadInput("weights without their config.json", shown(where), "Give the directory that has both.")
     name = root_of(path.parent).name if path.name == "config.json" else path.name
-    return _build(read_json(path, shown(where, 200)), shown(where, 200), shown(name))
+    model = _build(read_json(path, shown(where, 200)), shown(where, 200), shown(name))
+    return replace(model, source=shown(path.name))  # not where: reports show no path of a home directory
 
 
 def _from_directory(path: Path, typed: str, name: str = "") -> Model:
@@ -226,7 +227,7 @@ def sizes_of(tensors: tuple[Tensor, ...], config: dict[str, Any]) -> dict[str, i
     """
     text = _text(config)
     heads, hidden, dim = (text.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
-    if dim is None and isinstance(heads, int) and isinstance(hidden, int):
+    if dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         dim = hidden // heads
     rows: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -241,7 +242,7 @@ def sizes_of(tensors: tuple[Tensor, ...], config: dict[str, Any]) -> dict[str, i
     if "gate_proj.weight" in rows:
         sizes["intermediate_size"] = rows["gate_proj.weight"]
     for key, name in (("num_attention_heads", "q_proj.weight"), ("num_key_value_heads", "k_proj.weight")):
-        if isinstance(dim, int) and name in rows and rows[name] % dim == 0:
+        if isinstance(dim, int) and dim > 0 and rows.get(name, 1) % dim == 0:
             sizes[key] = rows[name] // dim
     return sizes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from lora_planner.ledger import EXACT, Ledger, Term
 from lora_planner.method import BY_NAME, Method
 from lora_planner.method.targets import adapter_table
@@ -10,6 +12,7 @@ from lora_planner.model import Model
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
+@lru_cache(maxsize=4096)
 def trainable_params(model: Model, method: Method) -> int:
     """Parameters that the optimizer updates.
 
@@ -21,6 +24,7 @@ def trainable_params(model: Model, method: Method) -> int:
     return sum(count(adapter) for adapter in adapter_table(model, method).adapters)
 
 
+@lru_cache(maxsize=4096)
 def stored_params(model: Model, method: Method) -> int:
     """Parameters in the file that training leaves behind: the adapter's, or the model's."""
     if method.is_full:

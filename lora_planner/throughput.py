@@ -18,9 +18,10 @@ from functools import cache
 
 from lora_planner.errors import BadInput, UnknownName
 from lora_planner.facts import Constant, Gpu, constants
-from lora_planner.ledger import DERIVED, FITTED, Estimate, Ledger, Term
+from lora_planner.ledger import FITTED, Ledger, Term
 
-FORWARD, BACKWARD, RECOMPUTE = 1, 2, 1
+#: passes over the elements; recomputing adds another FORWARD
+FORWARD, BACKWARD = 1, 2
 #: a weight in nf4 is read as half a byte, written as bf16, and read again by the matmul
 DEQUANTISE_BYTES = 4.5
 DEFAULT_STACK = "hf-trl"
@@ -118,8 +119,9 @@ def elementwise_bytes(
 
 
 def kernel_count(
-    *, layers: int, adapted: int = 0, quantised: int = 0, passes: int = FORWARD + BACKWARD, micro_batches: int = 1
-) -> int:
+    *, layers: int, adapted: int = 0, quantised: int = 0, passes: int = FORWARD + BACKWARD,
+    micro_batches: int = 1,
+) -> int:  # fmt: skip
     """Kernels started by one step.
 
         micro_batches * (passes * (40 L + 7 adapted + quantised) + 60)   [launches]
@@ -137,17 +139,17 @@ def kernel_count(
 def adamw_bytes(params: float, param_bytes: int = 4, state_bytes: int = 4) -> float:
     """Bytes that torch's foreach AdamW moves for `params` trained weights.
 
-        params * (9 * param_bytes + 13 * state_bytes)   [bytes]
+        params * (9 * param_bytes + 14 * state_bytes)   [bytes]
 
-    One pass over memory for every operation: decay (p r w), lerp (m r w, g r), mul (v r w), addcmul
-    (v r w, g r r), sqrt, div and add on a temporary (r w each, v first), addcdiv (p r w, m r, temp r),
-    zeroing and clipping of g (w, r, r w).
-    Source: torch/optim/adamw.py, `_multi_tensor_adamw`.
+    One pass over memory for every operation (r reads, w writes). In the parameters' dtype: decay p r w,
+    update p r w, and the gradient in lerp r, addcmul r, norm r, clipping r w. In the states': lerp m r w,
+    mul v r w, addcmul v r w, sqrt v r temp w, div and add on temp r w each, update m r temp r.
+    Source: torch/optim/adam.py, `_multi_tensor_adam`, and `clip_grad_norm_`.
 
     >>> adamw_bytes(1, 2, 2)
-    44
+    46
     """
-    return params * (9 * param_bytes + 13 * state_bytes)
+    return params * (9 * param_bytes + 14 * state_bytes)
 
 
 # ---------------------------------------------------------------- how long that takes
@@ -186,22 +188,23 @@ def step_time(work: Work, gpu: Gpu, stack: Stack) -> Ledger:
         work.linear_flops / (peak * stack["matmul_efficiency"]),
         work.weight_bytes_read / bandwidth,
     )
-    seconds = {
-        "matmul": matmul,
-        "adapters": work.adapter_flops / (peak * stack["adapter_efficiency"]),
-        "attention": work.attention_flops / (peak * stack["attention_efficiency"]),
-        "elementwise": work.activation_bytes / memory,
-        "optimizer": work.optimizer_bytes / memory,
-        "dequantise": work.dequantised_params * DEQUANTISE_BYTES / (bandwidth * stack["dequantise_efficiency"]),
-    }
-    busy = sum(seconds.values())
+    dequantised = work.dequantised_params * DEQUANTISE_BYTES
+    parts = (
+        ("matmul", matmul, "matmul_efficiency"),
+        ("adapters", work.adapter_flops / (peak * stack["adapter_efficiency"]), "adapter_efficiency"),
+        ("attention", work.attention_flops / (peak * stack["attention_efficiency"]), "attention_efficiency"),
+        ("elementwise", work.activation_bytes / memory, "memory_efficiency"),
+        ("optimizer", work.optimizer_bytes / memory, "memory_efficiency"),
+        ("dequantise", dequantised / (bandwidth * stack["dequantise_efficiency"]), "dequantise_efficiency"),
+    )
+    terms = [Term(name, s, stack.rows[by].basis, "throughput.step_time", note=by) for name, s, by in parts]
+    busy = sum(term.value for term in terms)
     waiting = max(0.0, launch_floor_s(work, stack) - busy)
     total = busy + waiting
     spread = stack.rows["spread"]
     low = max(total * spread.low, min(total, roofline_s(work, gpu)))
-    terms = [Term(name, value, FITTED, "throughput.step_time") for name, value in seconds.items()]
-    terms.append(Term("waiting for launches", waiting, FITTED, "throughput.launch_floor_s"))
-    terms.append(
-        Term("spread", 0.0, FITTED, "throughput.step_time", low - total, total * (spread.high - 1), spread.source)
-    )
+    launch = stack.rows["launch_s"].basis
+    terms.append(Term("waiting for launches", waiting, launch, "throughput.launch_floor_s", note="launch_s"))
+    above = total * (spread.high - 1)
+    terms.append(Term("spread", 0.0, FITTED, "throughput.step_time", low - total, above, spread.source))
     return Ledger("step time", "s", terms, f"stack {stack.name}, {gpu.name}, {work.dtype}, padded tokens")

@@ -39,24 +39,22 @@ GOLDEN = {
 Rows = dict[str, tuple[str, list[int]]]
 
 
-def llama_rows(hidden: int = 64, layers: int = 2, head: bool = True) -> Rows:
-    """Names and shapes of LLAMA's checkpoint, at another width or depth."""
+def llama_rows(hidden: int = 64, layers: int = 2, kv: int = 32, inner: int = 160, vocab: int = 256) -> Rows:
+    """Names and shapes of LLAMA's checkpoint, or of another size of Llama."""
     rows: Rows = {
-        "model.embed_tokens.weight": ("BF16", [256, hidden]),
+        "model.embed_tokens.weight": ("BF16", [vocab, hidden]),
         "model.norm.weight": ("BF16", [hidden]),
     }
     for i in range(layers):
-        at = f"model.layers.{i}."
         for name, shape in {
-            "self_attn.q_proj": [hidden, hidden], "self_attn.k_proj": [hidden // 2, hidden],
-            "self_attn.v_proj": [hidden // 2, hidden], "self_attn.o_proj": [hidden, hidden],
-            "mlp.gate_proj": [160, hidden], "mlp.up_proj": [160, hidden], "mlp.down_proj": [hidden, 160],
+            "self_attn.q_proj": [hidden, hidden], "self_attn.k_proj": [kv, hidden],
+            "self_attn.v_proj": [kv, hidden], "self_attn.o_proj": [hidden, hidden],
+            "mlp.gate_proj": [inner, hidden], "mlp.up_proj": [inner, hidden],
+            "mlp.down_proj": [hidden, inner],
             "input_layernorm": [hidden], "post_attention_layernorm": [hidden],
         }.items():  # fmt: skip
-            rows[f"{at}{name}.weight"] = ("BF16", shape)
-    if head:
-        rows["lm_head.weight"] = ("BF16", [256, hidden])
-    return rows
+            rows[f"model.layers.{i}.{name}.weight"] = ("BF16", shape)
+    return rows | {"lm_head.weight": ("BF16", [vocab, hidden])}
 
 
 def header_of(rows: Rows) -> dict[str, Any]:
@@ -196,15 +194,23 @@ def test_b2_a_missing_tie_flag_means_what_transformers_makes_of_it(tmp_path: Pat
 # --- B3: config and weights disagree -----------------------------------------------------------------
 
 
-def test_b3_headers_of_another_size_are_believed_and_both_numbers_shown(tmp_path: Path) -> None:
-    """A config of 2 layers of 64 beside weights of 5 layers of 128: planned as the weights are."""
-    rows = llama_rows(hidden=128, layers=5)
-    model = load_model(write_model(tmp_path, LLAMA, rows))
-    held = sum(prod(shape) for _, shape in rows.values())
-    assert (model.layers, model.hidden_size, model.total, model.stored_params) == (5, 128, held, held)
+def test_b3_headers_of_another_size_are_believed_and_both_numbers_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config of Llama-3.1-8B beside the weights of 70B: planned as the weights are."""
+    config = LLAMA | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    rows = llama_rows(hidden=8192, layers=80, kv=1024, inner=28672, vocab=128256)
+    stored = Stored(tuple(Tensor(n, dtype, tuple(shape)) for n, (dtype, shape) in rows.items()), 30)
+    monkeypatch.setattr(model_source, "read_weights", lambda path, where: stored)
+    model = load_model(write_model(tmp_path, config))
+    small, large = GOLDEN["llama-3.1-8b"], GOLDEN["llama-3.1-70b"]
+    assert (model.layers, model.hidden_size, model.total, model.stored_params) == (80, 8192, large, large)
     (warning,) = model.warnings
-    assert f"{held:,}" in warning
-    assert f"{from_config(LLAMA).total:,}" in warning
+    assert f"{small:,}" in warning
+    assert f"{large:,}" in warning
 
 
 def test_b3_a_difference_that_shapes_do_not_explain_is_warned_of(tmp_path: Path) -> None:
@@ -664,3 +670,11 @@ def test_any_text_as_name_is_refused_on_one_line(text: str) -> None:
     """Whatever is typed after --model; what exists here as a path is left out."""
     if not os.path.exists(text.replace("\0", "")):
         refusal(lambda: load_model(text))
+
+
+@QUIET
+@given(st.from_regex(model_source.HUB_ID, fullmatch=True, alphabet="aZ0_.-/git"))
+def test_what_we_take_for_a_hub_id_the_hub_does_too(text: str) -> None:
+    """Our pattern is inside huggingface_hub's own check."""
+    utils = pytest.importorskip("huggingface_hub.utils")
+    utils.validate_repo_id(text)

@@ -75,24 +75,24 @@ def test_chat_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "trained"),
+    ("row", "kind", "trained", "total"),
     [
-        ({"prompt": "a" * 42, "completion": "b" * 84}, "prompt_completion", 21),
-        ({"prompt": GOOD["messages"][:1], "completion": GOOD["messages"][1:]}, "prompt_completion", 21),
-        ({"instruction": "a" * 42, "input": "", "output": "b" * 84}, "instruction", 21),
-        ({"instruction": "a" * 42, "output": "b" * 84}, "instruction", 21),
+        ({"prompt": "a" * 42, "completion": "b" * 84}, "prompt_completion", 21, 32),
+        ({"prompt": GOOD["messages"][:1], "completion": GOOD["messages"][1:]}, "prompt_completion", 21, 41),
+        ({"instruction": "a" * 42, "input": "", "output": "b" * 84}, "instruction", 21, 41),
+        ({"instruction": "a" * 42, "output": "b" * 84}, "instruction", 21, 41),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b" * 84}]},
-         "conversations", 21),
+         "conversations", 21, 31),
         ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": "b" * 84}]}]},
-         "messages", 21),
-        ({"messages": None, "text": "b" * 84}, "text", 21),
-        (chat("q", "b" * 42, "q", "b" * 42), "messages", 22),
+         "messages", 21, 26),
+        ({"messages": None, "text": "b" * 84}, "text", 21, 22),
+        (chat("q", "b" * 42, "q", "b" * 42), "messages", 22, 41),
     ],
 )  # fmt: skip
-def test_schemas(tmp_path: Path, row: dict[str, object], kind: str, trained: int) -> None:
+def test_schemas(tmp_path: Path, row: dict[str, object], kind: str, trained: int, total: int) -> None:
     """Every schema is told by its keys and trains on the answer alone."""
     facts = read_data(write(tmp_path, row))
-    assert (facts.kind, facts.trained_tokens.value) == (kind, trained)
+    assert (facts.kind, facts.trained_tokens.value, facts.tokens.value) == (kind, trained, total)
 
 
 def test_percentiles_by_hand() -> None:
@@ -275,6 +275,25 @@ def test_chat_lengths_equal_transformers(tmp_path: Path, template: str) -> None:
     assert facts.tokens.low == facts.tokens.value < facts.tokens.high
 
 
+def test_prompt_and_completion_are_tokenised_joined(tmp_path: Path) -> None:
+    """Wherever a text is split, its tokens are those of the whole; what is not the prompt is trained on."""
+    folder = train_tokenizer(tmp_path)
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text = "Return the sum of a start value."
+    splits = [(text[:at], text[at:]) for at in range(1, len(text))]
+    facts = read_data(
+        write(tmp_path, *({"prompt": a, "completion": b} for a, b in splits)), tokenizer=str(folder)
+    )
+    whole = len(tokenizer.encode(text).ids) + 1
+    assert facts.histogram == ((whole, len(splits)),)
+    assert facts.trained_tokens.value == sum(
+        whole - min(whole - 1, len(tokenizer.encode(a).ids)) for a, _ in splits
+    )
+    assert facts.basis == EXACT
+
+
 def test_unknown_template_is_assumed(tmp_path: Path) -> None:
     """A template without known marks is not guessed from the vocabulary: its tokens are assumed."""
     folder = train_tokenizer(tmp_path, "{{ evil() }}")
@@ -374,7 +393,7 @@ def test_clipping_keeps_examples(values: list[int], limit: int) -> None:
         (b'{"chosen": "a", "rejected": "b"}\n', "unknown schema: 'chosen', 'rejected'"),
         (b'{"messages": {"role": "user"}}\n', "list of messages"),
         (b'{"messages": ["hi"]}\n', "message object"),
-        (b'{"messages": [{"content": "hi"}]}\n', "without 'role'"),
+        (b'{"messages": [{"content": "hi"}]}\n', "without a 'role'"),
         (b'{"messages": [{"role": "user", "content": "hi"}]}\n', "no assistant turn"),
         (b'{"messages": []}\n', "no assistant turn"),
         (b'{"messages": [{"role": "assistant", "content": ""}]}\n', "nothing to train on"),

@@ -15,7 +15,7 @@ ORDER = [
     {"ledger"},
     {"model", "facts", "data_file"},
     {"arch"},
-    {"checkpoint", "method"},
+    {"checkpoint", "model_source", "method"},
     {"params"},
     {"activations", "flops", "throughput", "capacity", "learning_rate", "batch", "cost"},
     {"memory", "workload"},

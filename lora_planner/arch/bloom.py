@@ -13,7 +13,7 @@ from lora_planner.model import Block, Model
 def build(c: Config) -> Model:
     key = "n_embed" if c.has("n_embed") else "hidden_size"  # the old name wins, as in transformers
     hidden = c.size(key, 64)
-    n = c.size("n_head", 8, "num_attention_heads", high=4096)
+    n = c.size("num_attention_heads", 8, "n_head", high=4096)
     dim = whole_head_dim(c, key, hidden, n)
     attention, mixer = fused_attention(
         hidden, n, n, dim,
@@ -26,7 +26,7 @@ def build(c: Config) -> Model:
     return stack(
         c,
         [Block("decoder", 0, attention + mlp, norms, mixer, activation_gated=False)],
-        [0] * c.size("n_layer", 2, "num_hidden_layers", high=4096),
+        [0] * c.size("num_hidden_layers", 2, "n_layer", high=4096),
         hidden=hidden,
         vocab=c.size("vocab_size", 250880),
         final=[layer_norm("word_embeddings_layernorm", hidden), layer_norm("ln_f", hidden)],

@@ -36,7 +36,9 @@ class Config:
                 return self.values[name]
         if default is REQUIRED:
             raise BadInput(
-                f"{key} is missing", f"{self.where}#{self.pointer}", "Add it, or use the model's own config.json."
+                f"{key} is missing",
+                f"{self.where}#{self.pointer}",
+                "Add it, or use the model's own config.json.",
             )
         self.defaulted.append(key)
         return default
@@ -45,7 +47,8 @@ class Config:
         self, key: str, default: Any = REQUIRED, *aliases: str, low: int = 1, high: int = 2**31
     ) -> int:
         """A whole number in low..high. `null` counts as missing where there is a default."""
-        value = self._get(key, default, aliases)
+        key = next((name for name in (key, *aliases) if name in self.values), key)  # what errors name
+        value = self._get(key, default, ())
         if value is None and default is not REQUIRED:
             value = default
         if isinstance(value, bool) or not isinstance(value, int):

@@ -6,7 +6,16 @@ Source: transformers 5.23 Gemma3ForCausalLM, Gemma3ForConditionalGeneration.
 from __future__ import annotations
 
 from lora_planner.arch.config import Config
-from lora_planner.arch.parts import by_kind, gated_mlp, head_dim, heads, layer_types, rms, split_attention, stack
+from lora_planner.arch.parts import (
+    by_kind,
+    gated_mlp,
+    head_dim,
+    heads,
+    layer_types,
+    rms,
+    split_attention,
+    stack,
+)
 from lora_planner.arch.vision import own_config, sub_config, tower, weight, wrap
 from lora_planner.model import Block, Model
 
@@ -29,11 +38,11 @@ def build(c: Config) -> Model:
         c, [FULL if (i + 1) % period == 0 else SLIDING for i in range(layers)], (SLIDING, FULL)
     )
     mlp = gated_mlp(hidden, c.size("intermediate_size", 9216))
-    norms = tuple(
-        rms(name, hidden)
-        for name in ("input_layernorm", "post_attention_layernorm",
-                     "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    ) + (rms("self_attn.q_norm", n * dim, dim), rms("self_attn.k_norm", kv * dim, dim))  # fmt: skip
+    norms = (
+        rms("input_layernorm", hidden), rms("post_attention_layernorm", hidden),
+        rms("pre_feedforward_layernorm", hidden), rms("post_feedforward_layernorm", hidden),
+        rms("self_attn.q_norm", n * dim, dim), rms("self_attn.k_norm", kv * dim, dim),
+    )  # fmt: skip
 
     def block(kind: str) -> Block:
         rows, mixer = split_attention(

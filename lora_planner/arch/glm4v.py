@@ -46,9 +46,8 @@ def _dense(c: Config) -> Model:
 def _moe(c: Config) -> Model:
     hidden = c.size("hidden_size", 4096)
     n, kv = heads(c, 96, 8)
-    rows, mixer = split_attention(
-        hidden, n, kv, head_dim(c, hidden, n), bias_qkv=c.flag("attention_bias", True)
-    )
+    dim = c.size("head_dim", hidden // n)  # rounded down: the class defaults are 4096 and 96 heads
+    rows, mixer = split_attention(hidden, n, kv, dim, bias_qkv=c.flag("attention_bias", True))
     norms = (rms("input_layernorm", hidden), rms("post_attention_layernorm", hidden))
     count = c.size("n_routed_experts", 128, "num_local_experts")
     active = top_k(c, "num_experts_per_tok", 8, count)
@@ -57,7 +56,9 @@ def _moe(c: Config) -> Model:
 
     def block(routed: bool) -> Block:
         if not routed:
-            return Block("dense", 0, rows + gated_mlp(hidden, c.size("intermediate_size", 10944)), norms, mixer)
+            return Block(
+                "dense", 0, rows + gated_mlp(hidden, c.size("intermediate_size", 10944)), norms, mixer
+            )
         mlp = (
             router(hidden, count),
             *fused_experts(hidden, inner, count, active),
@@ -80,15 +81,15 @@ def _tower(v: Config) -> Tower:
     h, depth, out = v.size("hidden_size", 1536), v.size("depth", 24), v.size("out_hidden_size", 4096)
     wide, side = v.size("intermediate_size", 13696), v.size("spatial_merge_size", 2)
     rows = (
-        linear("attn.qkv", h, 3 * h, depth, v.flag("attention_bias", False)),
-        linear("attn.proj", h, h, depth, False),
-        linear("mlp.gate_proj", h, out, depth, False),
-        linear("mlp.up_proj", h, out, depth, False),
-        linear("mlp.down_proj", out, h, depth, False),
-        linear("merger.proj", out, out, bias=False),
-        linear("merger.gate_proj", out, wide, bias=False),
-        linear("merger.up_proj", out, wide, bias=False),
-        linear("merger.down_proj", wide, out, bias=False),
+        linear("visual.blocks.attn.qkv", h, 3 * h, depth, v.flag("attention_bias", False), parts=3),
+        linear("visual.blocks.attn.proj", h, h, depth, False),
+        linear("visual.blocks.mlp.gate_proj", h, out, depth, False),
+        linear("visual.blocks.mlp.up_proj", h, out, depth, False),
+        linear("visual.blocks.mlp.down_proj", out, h, depth, False),
+        linear("visual.merger.proj", out, out, bias=False),
+        linear("visual.merger.gate_proj", out, wide, bias=False),
+        linear("visual.merger.up_proj", out, wide, bias=False),
+        linear("visual.merger.down_proj", wide, out, bias=False),
     )
     frames = v.size("temporal_patch_size", 2)
     return rows, (

@@ -15,8 +15,8 @@ from lora_planner.model import CONV1D, LINEAR, Block, Model, Weight
 def build(c: Config) -> Model:
     bigcode = c.text("model_type", "gpt2") == "gpt_bigcode"
     kind = LINEAR if bigcode else CONV1D
-    hidden = c.size("n_embd", 768, "hidden_size")
-    n = c.size("n_head", 12, "num_attention_heads", high=4096)
+    hidden = c.size("hidden_size", 768, "n_embd")
+    n = c.size("num_attention_heads", 12, "n_head", high=4096)
     dim = whole_head_dim(c, "n_embd", hidden, n)
     if c.flag("add_cross_attention", False):
         raise c.reject("add_cross_attention", "false: the planner counts decoders only")
@@ -35,11 +35,11 @@ def build(c: Config) -> Model:
         reads=("in", "attn.c_proj"),
     )
     norms = (layer_norm("ln_1", hidden), layer_norm("ln_2", hidden))
-    positions = c.size("n_positions", 1024, "max_position_embeddings")
+    positions = c.size("max_position_embeddings", 1024, "n_positions")
     return stack(
         c,
         [Block("decoder", 0, attention + mlp, norms, mixer, activation_gated=False)],
-        [0] * c.size("n_layer", 12, "num_hidden_layers", high=4096),
+        [0] * c.size("num_hidden_layers", 12, "n_layer", high=4096),
         hidden=hidden,
         vocab=c.size("vocab_size", 50257),
         final=[Weight("wpe", positions * hidden, "embed"), layer_norm("ln_f", hidden)],

@@ -35,7 +35,7 @@ def _kinds(c: Config, layers: int) -> list[str]:
 
 def build(c: Config) -> Model:
     hidden = c.size("hidden_size", 2048)
-    n = c.size("num_heads", 16, "num_attention_heads", high=4096)
+    n = c.size("num_attention_heads", 16, "num_heads", high=4096)
     dim = whole_head_dim(c, "hidden_size", hidden, n)
     local = c.size("window_size", 256)
     names = ("mlp.c_fc", "mlp.c_proj")
@@ -51,7 +51,7 @@ def build(c: Config) -> Model:
         )  # fmt: skip
         return Block(kind, 0, attention + mlp, norms, mixer, activation_gated=False)
 
-    blocks, order = by_kind(_kinds(c, c.size("num_layers", 24, "num_hidden_layers", high=4096)), layer)
+    blocks, order = by_kind(_kinds(c, c.size("num_hidden_layers", 24, "num_layers", high=4096)), layer)
     positions = c.size("max_position_embeddings", 2048)
     return stack(
         c,

@@ -11,15 +11,15 @@ from lora_planner.model import Block, Model
 
 
 def build(c: Config) -> Model:
-    hidden = c.size("n_embd", 4096, "hidden_size")
-    n = c.size("n_head", 16, "num_attention_heads", high=4096)
+    hidden = c.size("hidden_size", 4096, "n_embd")
+    n = c.size("num_attention_heads", 16, "n_head", high=4096)
     dim = whole_head_dim(c, "n_embd", hidden, n)
     attention, mixer = split_attention(hidden, n, n, dim, prefix="attn.", out="out_proj", math_only=True)
     mlp = plain_mlp(hidden, c.size("n_inner", 4 * hidden), ("mlp.fc_in", "mlp.fc_out"), reads=("in",))
     return stack(
         c,
         [Block("decoder", 0, attention + mlp, (layer_norm("ln_1", hidden),), mixer, activation_gated=False)],
-        [0] * c.size("n_layer", 28, "num_hidden_layers", high=4096),
+        [0] * c.size("num_hidden_layers", 28, "n_layer", high=4096),
         hidden=hidden,
         vocab=c.size("vocab_size", 50400),
         final=[layer_norm("ln_f", hidden)],

@@ -39,7 +39,10 @@ def _dense_width(c: Config) -> int:
     inner = int(2 * inner / 3)
     if "block_ffn_dim_multiplier" in c.values and c.values["block_ffn_dim_multiplier"] is None:
         return inner
-    inner = int(c.number("block_ffn_dim_multiplier", 1.0) * inner)
+    factor = c.number("block_ffn_dim_multiplier", 1.0)
+    if not 0 < factor < 1e6:  # a NaN is refused too
+        raise c.reject("block_ffn_dim_multiplier", "a factor above 0")
+    inner = int(factor * inner)
     unit = c.size("block_multiple_of", 256)
     return unit * ((inner + unit - 1) // unit)
 
@@ -69,9 +72,7 @@ def build(c: Config) -> Model:
     if moe and not c.has("layer_types"):
         raise c.reject("layer_types", "a list: this family has no default")
     attending = c.items("full_attn_idxs", list(range(layers))) or []
-    kinds = layer_types(
-        c, [ATTENTION if i in attending else CONV for i in range(layers)], (CONV, ATTENTION)
-    )
+    kinds = layer_types(c, [ATTENTION if i in attending else CONV for i in range(layers)], (CONV, ATTENTION))
     first = c.size("num_dense_layers", 2, low=0) if moe else layers
     biased = moe and c.flag("use_expert_bias", True)
     mlp_names = ("w1", "w3", "w2")
@@ -93,7 +94,13 @@ def build(c: Config) -> Model:
         )  # fmt: skip
         gate = router(hidden, count, name="feed_forward.gate", reads=reads)
         return Block(
-            kind + "_moe", 0, (*mixing.linears, gate, *experts), norms, mixing.mixer, experts=count, top_k=active
+            kind + "_moe",
+            0,
+            (*mixing.linears, gate, *experts),
+            norms,
+            mixing.mixer,
+            experts=count,
+            top_k=active,
         )
 
     blocks, order = by_kind([(kind, i >= first) for i, kind in enumerate(kinds)], block)

@@ -7,8 +7,6 @@ Source: transformers 5.23 Llama4ForCausalLM, Llama4ForConditionalGeneration.
 
 from __future__ import annotations
 
-
-
 from lora_planner.arch.config import Config
 from lora_planner.arch.parts import (
     by_kind,
@@ -23,7 +21,7 @@ from lora_planner.arch.parts import (
     stack,
     top_k,
 )
-from lora_planner.arch.vision import Tower, linear, patches, split_layers, own_config, weight, wrap
+from lora_planner.arch.vision import Tower, linear, own_config, patches, split_layers, weight, wrap
 from lora_planner.model import LINEAR, Block, Model
 
 CHUNKED, FULL = "chunked_attention", "full_attention"
@@ -82,10 +80,12 @@ def _tower(v: Config, hidden: int) -> Tower:
     inner, patch = v.size("intermediate_size", 5632), v.size("patch_size", 14)
     out = v.size("projector_output_dim", 4096)
     rows = (
-        linear("patch_embedding.linear", v.size("num_channels", 3) * patch * patch, h, bias=False),
-        *split_layers(h, inner, layers, out="o_proj"),
-        linear("vision_adapter.mlp.fc1", inner, v.size("projector_input_dim", 4096), bias=False),
-        linear("vision_adapter.mlp.fc2", out, out, bias=False),
+        linear(
+            "vision_model.patch_embedding.linear", v.size("num_channels", 3) * patch * patch, h, bias=False
+        ),
+        *split_layers("vision_model.model.layers.", h, inner, layers, out="o_proj"),
+        linear("vision_model.vision_adapter.mlp.fc1", inner, v.size("projector_input_dim", 4096), bias=False),
+        linear("vision_model.vision_adapter.mlp.fc2", out, out, bias=False),
         linear("multi_modal_projector.linear_1", v.size("vision_output_dim", 7680), hidden, bias=False),
     )
     return rows, (
@@ -106,4 +106,3 @@ def build(c: Config) -> Model:
     return wrap(
         c, text, tower, text.tied, prefix="language_model.model.layers", peft_default=("q_proj", "v_proj")
     )
-

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lora_planner.arch.config import Config
-from lora_planner.arch.vision import Tower, language_model, linear, own_config, sub_config, tower, weight, wrap
+from lora_planner.arch.vision import (
+    Tower,
+    language_model,
+    linear,
+    own_config,
+    sub_config,
+    tower,
+    weight,
+    wrap,
+)
 from lora_planner.model import Model
 
 #: what the wrapper assumes where there is no sub-config at all; an incomplete one means class defaults
@@ -19,10 +28,10 @@ PIXTRAL = {**CLIP_L, "image_size": 1540}
 SO400M = {"intermediate_size": 4096, "hidden_size": 1152, "patch_size": 14, "image_size": 224,
           "num_hidden_layers": 27, "num_attention_heads": 16, "vision_use_head": False}  # fmt: skip
 MISTRAL_24B = {"head_dim": 128, "hidden_size": 5120, "intermediate_size": 32768, "num_attention_heads": 32,
-               "num_hidden_layers": 40, "num_key_value_heads": 8, "vocab_size": 131072, "sliding_window": None,
-               "max_position_embeddings": 131072}  # fmt: skip
-GEMMA_2B = {"hidden_size": 2048, "num_hidden_layers": 18, "intermediate_size": 16384, "num_attention_heads": 8,
-            "num_key_value_heads": 1, "vocab_size": 257152}  # fmt: skip
+               "num_hidden_layers": 40, "num_key_value_heads": 8, "vocab_size": 131072,
+               "sliding_window": None, "max_position_embeddings": 131072}  # fmt: skip
+GEMMA_2B = {"hidden_size": 2048, "num_hidden_layers": 18, "intermediate_size": 16384,
+            "num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 257152}  # fmt: skip
 
 
 def _feature_layers(c: Config, default: int) -> int:
@@ -71,7 +80,9 @@ def _paligemma(c: Config) -> Model:
     text = language_model(c, "gemma", GEMMA_2B)
     v = sub_config(c, "vision_config", "siglip_vision_model", SO400M)
     rows, weights = tower(v)
-    project = linear("multi_modal_projector.linear", v.size("hidden_size", 768), c.size("projection_dim", 2048))
+    project = linear(
+        "multi_modal_projector.linear", v.size("hidden_size", 768), c.size("projection_dim", 2048)
+    )
     return wrap(c, text, ((*rows, project), weights), c.flag("tie_word_embeddings", True))
 
 
@@ -90,12 +101,13 @@ def _internvit(v: Config) -> Tower:
     """InternViT: layer scales, optional normed q and k."""
     h, layers = v.size("hidden_size", 1024), v.size("num_hidden_layers", 24)
     inner, bias = v.size("intermediate_size", 4096), v.flag("attention_bias", False)
+    path = "vision_tower.encoder.layer."
     (height, width), (ph, pw) = _pair(v, "image_size", 448), _pair(v, "patch_size", 14)
     rows = (
-        *(linear(f"attention.{name}", h, h, layers, bias) for name in ("q_proj", "k_proj", "v_proj")),
-        linear("attention.projection_layer", h, h, layers),
-        linear("mlp.fc1", h, inner, layers),
-        linear("mlp.fc2", inner, h, layers),
+        *(linear(f"{path}attention.{name}", h, h, layers, bias) for name in ("q_proj", "k_proj", "v_proj")),
+        linear(path + "attention.projection_layer", h, h, layers),
+        linear(path + "mlp.fc1", h, inner, layers),
+        linear(path + "mlp.fc2", inner, h, layers),
     )
     norm = 1 if v.text("norm_type", "layer_norm") == "rms_norm" else 2
     return rows, (

@@ -45,7 +45,7 @@ def mixer(hidden: int, m: Shape, prefix: str) -> tuple[tuple[Linear, ...], tuple
     channels = m.inner + 2 * m.groups * m.state
     into, out = prefix + "in_proj", prefix + "out_proj"
     rows = (
-        Linear(into, hidden, m.inner + channels + m.heads, group="ssm", bias=m.bias_in),
+        Linear(into, hidden, m.inner + channels + m.heads, group="ssm", bias=m.bias_in, parts=5),
         Linear(out, m.inner, hidden, group="ssm", bias=m.bias_out, reads=(into,)),
     )
     weights = [
@@ -90,7 +90,7 @@ def shape_of(c: Config, hidden: int, inner: int, *, bias_out: bool | None = None
 
 def build(c: Config) -> Model:
     hidden = c.size("hidden_size", 4096)
-    inner = int(c.number("expand", 2) * hidden)
+    inner = c.size("expand", 2) * hidden
     n, dim = c.size("num_heads", 128), c.size("head_dim", 64)
     if n * dim != inner:
         raise c.reject("num_heads", f"expand * hidden_size / head_dim = {inner // dim}")

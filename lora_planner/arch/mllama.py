@@ -11,11 +11,21 @@ from dataclasses import replace
 
 from lora_planner.arch.config import Config
 from lora_planner.arch.parts import by_kind, gated_mlp, heads, rms, split_attention, stack
-from lora_planner.arch.vision import Tower, linear, own_config, patch_conv, patches, split_layers, weight, wrap
+from lora_planner.arch.vision import (
+    Tower,
+    linear,
+    own_config,
+    patch_conv,
+    patches,
+    split_layers,
+    weight,
+    wrap,
+)
 from lora_planner.model import Block, Model, Weight
 
 CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
 EXTRA_TOKENS = 8  # rows of the embedding, not of the unembedding
+IMAGE = ("image",)  # what cross-attention reads its keys and values from
 RATIOS = 8  # aspect ratios of the default tower
 
 
@@ -35,7 +45,7 @@ def _text(c: Config) -> Model:
         if not cross:
             return Block("self", 0, rows + mlp, norms, mixer)
         q, k, v, o = rows
-        rows = (q, replace(k, reads=()), replace(v, reads=()), o)  # keys and values of the image
+        rows = (q, replace(k, reads=IMAGE), replace(v, reads=IMAGE), o)
         gates = (Weight("cross_attn_attn_gate", 1, "other"), Weight("cross_attn_mlp_gate", 1, "other"))
         normed = (rms("cross_attn.q_norm", n * dim, dim), rms("cross_attn.k_norm", kv * dim, dim))
         return Block("cross", 0, rows + mlp, norms + normed + gates, None)
@@ -55,9 +65,12 @@ def _tower(v: Config, hidden: int) -> Tower:
     layers, gated = v.size("num_hidden_layers", 32), v.size("num_global_layers", 8, low=0)
     tiles, tokens = v.size("max_num_tiles", 4), patches(v, 448, 14) + 1
     ratios = len(v.items("supported_aspect_ratios") or range(RATIOS)) + 1
+    inner = v.size("intermediate_size", 5120)
     rows = tuple(
-        replace(row, bias=row.name.startswith("mlp."))
-        for row in split_layers(h, v.size("intermediate_size", 5120), layers + gated, out="o_proj")
+        row
+        for path, count in (("transformer", layers), ("global_transformer", gated))
+        if count
+        for row in split_layers(f"vision_model.{path}.layers.", h, inner, count, out="o_proj", bias=False)
     )
     project = linear("multi_modal_projector", v.size("vision_output_dim", 7680), hidden)
     return (*rows, project), (

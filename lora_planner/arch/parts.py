@@ -33,7 +33,7 @@ def layer_norm(name: str, width: int, bias: bool = True, params: int | None = No
 def heads(c: Config, default_heads: int, default_kv: int | None = None) -> tuple[int, int]:
     """num_attention_heads and num_key_value_heads, checked against each other."""
     n = c.size("num_attention_heads", default_heads, high=4096)
-    absent = "num_key_value_heads" not in c.values  # null means as many as heads, even where a class has a default
+    absent = "num_key_value_heads" not in c.values  # null means as many as heads, whatever the default
     kv = c.size("num_key_value_heads", default_kv if absent and default_kv else n, high=4096)
     if n % kv:
         raise c.reject("num_key_value_heads", f"a divisor of num_attention_heads = {n}")
@@ -199,9 +199,7 @@ def layer_types(
     return kinds
 
 
-def windows(
-    c: Config, layers: int, window: int | None, sliding: Callable[[int], bool]
-) -> list[int | None]:
+def windows(c: Config, layers: int, window: int | None, sliding: Callable[[int], bool]) -> list[int | None]:
     """The window of each layer: from `layer_types`, or else where `sliding(i)` says so; None sees all."""
     default = [SLIDING if sliding(i) else FULL for i in range(layers)]
     kinds = layer_types(c, default, (SLIDING, FULL))

@@ -1,4 +1,4 @@
-"""Qwen3-Next and the language models of Qwen3.5: gated delta rule in three layers of four, attention in the fourth.
+"""Qwen3-Next and the language models of Qwen3.5: three gated delta rules, then one attention, and so on.
 
 Attention has an output gate, made by q_proj. Qwen3-Next and the Qwen3.5 MoE route to experts beside
 a gated shared one; the dense Qwen3.5 has a SwiGLU.
@@ -116,7 +116,9 @@ def build(c: Config) -> Model:
         if routed:
             mlp, count, active = experts_beside_shared(c, hidden, reads, k, experts)
         else:
-            mlp = gated_mlp(hidden, c.size("intermediate_size", 5632 if family == NEXT else 12288), reads=reads)
+            mlp = gated_mlp(
+                hidden, c.size("intermediate_size", 5632 if family == NEXT else 12288), reads=reads
+            )
         norms = (rms("input_layernorm", hidden), rms("post_attention_layernorm", hidden))
         return Block(
             kind + ("_moe" if routed else ""), 0, mixing.linears + mlp, norms + mixing.weights, mixing.mixer,

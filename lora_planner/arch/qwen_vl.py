@@ -27,7 +27,9 @@ from lora_planner.model import Block, Model
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _merger(name: str, norm: int, wide: int, out: int, count: int, layers: tuple[str, str], layer: bool) -> Tower:
+def _merger(
+    name: str, norm: int, wide: int, out: int, count: int, layers: tuple[str, str], layer: bool
+) -> Tower:
     """Norm and two matrices that make one language token of a square of patches."""
     first, second = layers
     rows = (linear(name + first, wide, wide, count), linear(name + second, wide, out, count))
@@ -43,11 +45,15 @@ def _patch(v: Config, width: int, patch: int, bias: bool) -> int:
 def tower_2(v: Config) -> Tower:
     """Qwen2-VL: layer norms, a two-matrix MLP; `hidden_size` is the width it hands over."""
     h, depth, side = v.size("embed_dim", 1280), v.size("depth", 32), v.size("spatial_merge_size", 2)
-    inner = int(h * v.number("mlp_ratio", 4))
-    merger, norms = _merger("merger.", h, h * side * side, v.size("hidden_size", 3584), 1, ("mlp.0", "mlp.2"), True)
+    inner = h * v.size("mlp_ratio", 4)
+    merger, norms = _merger(
+        "visual.merger.", h, h * side * side, v.size("hidden_size", 3584), 1, ("mlp.0", "mlp.2"), True
+    )
     rows = (
-        linear("attn.qkv", h, 3 * h, depth), linear("attn.proj", h, h, depth),
-        linear("mlp.fc1", h, inner, depth), linear("mlp.fc2", inner, h, depth),
+        linear("visual.blocks.attn.qkv", h, 3 * h, depth, parts=3),
+        linear("visual.blocks.attn.proj", h, h, depth),
+        linear("visual.blocks.mlp.fc1", h, inner, depth),
+        linear("visual.blocks.mlp.fc2", inner, h, depth),
     )  # fmt: skip
     return rows + merger, (
         weight("patch_embed.proj", _patch(v, h, 14, False)), weight("norm", 4 * h * depth), *norms,
@@ -59,12 +65,14 @@ def tower_2_5(v: Config) -> Tower:
     h, depth, side = v.size("hidden_size", 3584), v.size("depth", 32), v.size("spatial_merge_size", 2)
     inner = v.size("intermediate_size", 3420)
     merger, norms = _merger(
-        "merger.", h, h * side * side, v.size("out_hidden_size", 3584), 1, ("mlp.0", "mlp.2"), False
+        "visual.merger.", h, h * side * side, v.size("out_hidden_size", 3584), 1, ("mlp.0", "mlp.2"), False
     )
     rows = (
-        linear("attn.qkv", h, 3 * h, depth), linear("attn.proj", h, h, depth),
-        linear("mlp.gate_proj", h, inner, depth), linear("mlp.up_proj", h, inner, depth),
-        linear("mlp.down_proj", inner, h, depth),
+        linear("visual.blocks.attn.qkv", h, 3 * h, depth, parts=3),
+        linear("visual.blocks.attn.proj", h, h, depth),
+        linear("visual.blocks.mlp.gate_proj", h, inner, depth),
+        linear("visual.blocks.mlp.up_proj", h, inner, depth),
+        linear("visual.blocks.mlp.down_proj", inner, h, depth),
     )  # fmt: skip
     return rows + merger, (
         weight("patch_embed.proj", _patch(v, h, 14, False)), weight("norm", 2 * h * depth), *norms,
@@ -77,11 +85,13 @@ def tower_3(v: Config, deepstack: int) -> Tower:
     inner, out = v.size("intermediate_size", 4304), v.size("out_hidden_size", 3584)
     names = ("linear_fc1", "linear_fc2")
     wide = h * side * side
-    merger, norm = _merger("merger.", h, wide, out, 1, names, True)
-    deep, deep_norm = _merger("deepstack_merger_list.", wide, wide, out, deepstack, names, True)
+    merger, norm = _merger("visual.merger.", h, wide, out, 1, names, True)
+    deep, deep_norm = _merger("visual.deepstack_merger_list.", wide, wide, out, deepstack, names, True)
     rows = (
-        linear("attn.qkv", h, 3 * h, depth), linear("attn.proj", h, h, depth),
-        linear("mlp.linear_fc1", h, inner, depth), linear("mlp.linear_fc2", inner, h, depth),
+        linear("visual.blocks.attn.qkv", h, 3 * h, depth, parts=3),
+        linear("visual.blocks.attn.proj", h, h, depth),
+        linear("visual.blocks.mlp.linear_fc1", h, inner, depth),
+        linear("visual.blocks.mlp.linear_fc2", inner, h, depth),
     )  # fmt: skip
     return rows + merger + (deep if deepstack else ()), (
         weight("patch_embed.proj", _patch(v, h, 16, True)),

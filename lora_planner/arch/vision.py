@@ -1,7 +1,7 @@
 """What vision-language families share: the language model inside, and towers that several of them use.
 
-A tower's rows count for the whole model; its names end as transformers spells them, so that
-peft's matching by suffix finds them.
+A tower's rows count for the whole model. Their names are the paths in transformers without the
+layer's number: peft's matching by suffix finds them, and none equals the name of a text matrix.
 
 Source: transformers 5.23 CLIPVisionModel, SiglipVisionModel, PixtralVisionModel.
 """
@@ -63,9 +63,9 @@ def wrap(
     )
 
 
-def linear(name: str, d_in: int, d_out: int, count: int = 1, bias: bool = True) -> Linear:
+def linear(name: str, d_in: int, d_out: int, count: int = 1, bias: bool = True, parts: int = 1) -> Linear:
     """A matrix of a tower, in all its copies."""
-    return Linear(name, d_in, d_out, count, count, "vision", bias)
+    return Linear(name, d_in, d_out, count, count, "vision", bias, parts=parts)
 
 
 def weight(name: str, params: int) -> Weight:
@@ -85,20 +85,23 @@ def patch_conv(v: Config, width: int, patch: int, bias: bool, channels: str = "n
 
 
 def split_layers(
-    h: int, inner: int, layers: int, *, out: str = "out_proj", bias: bool = True, mlp_bias: bool = True
+    path: str, h: int, inner: int, layers: int, *, out: str = "out_proj", bias: bool = True
 ) -> tuple[Linear, ...]:
     """A ViT layer with q, k, v apart and a two-matrix MLP."""
     return (
-        *(linear(f"self_attn.{name}", h, h, layers, bias) for name in ("q_proj", "k_proj", "v_proj", out)),
-        linear("mlp.fc1", h, inner, layers, mlp_bias),
-        linear("mlp.fc2", inner, h, layers, mlp_bias),
+        *(
+            linear(f"{path}self_attn.{name}", h, h, layers, bias)
+            for name in ("q_proj", "k_proj", "v_proj", out)
+        ),
+        linear(path + "mlp.fc1", h, inner, layers),
+        linear(path + "mlp.fc2", inner, h, layers),
     )
 
 
 def clip(v: Config) -> Tower:
     """CLIP's ViT: class token, learned positions, norms before and after."""
     h, layers = v.size("hidden_size", 768), v.size("num_hidden_layers", 12)
-    rows = split_layers(h, v.size("intermediate_size", 3072), layers)
+    rows = split_layers("vision_tower.encoder.layers.", h, v.size("intermediate_size", 3072), layers)
     return rows, (
         weight("embeddings.class_embedding", h),
         weight("embeddings.patch_embedding", patch_conv(v, h, 32, bias=False)),
@@ -113,7 +116,7 @@ def siglip(v: Config) -> Tower:
     """SigLIP's ViT; with `vision_use_head` (the default) an attention-pooling head follows."""
     h, layers = v.size("hidden_size", 768), v.size("num_hidden_layers", 12)
     inner = v.size("intermediate_size", 3072)
-    rows = split_layers(h, inner, layers)
+    rows = split_layers("vision_tower.encoder.layers.", h, inner, layers)
     weights = (
         weight("embeddings.patch_embedding", patch_conv(v, h, 16, bias=True)),
         weight("embeddings.position_embedding", patches(v, 224, 16) * h),
@@ -123,9 +126,9 @@ def siglip(v: Config) -> Tower:
     if not v.flag("vision_use_head", True):
         return rows, weights
     head = (
-        linear("head.attention.out_proj", h, h),
-        linear("head.mlp.fc1", h, inner),
-        linear("head.mlp.fc2", inner, h),
+        linear("vision_tower.head.attention.out_proj", h, h),
+        linear("vision_tower.head.mlp.fc1", h, inner),
+        linear("vision_tower.head.mlp.fc2", inner, h),
     )
     return rows + head, (
         *weights,
@@ -139,11 +142,15 @@ def pixtral(v: Config) -> Tower:
     """Pixtral's ViT: rotary positions, RMS norms, SwiGLU, no biases."""
     h, layers = v.size("hidden_size", 1024), v.size("num_hidden_layers", 24)
     inner = v.size("intermediate_size", 4096)
+    path = "vision_tower.transformer.layers."
     rows = (
-        *(linear(f"attention.{name}", h, h, layers, False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-        linear("feed_forward.gate_proj", h, inner, layers, False),
-        linear("feed_forward.up_proj", h, inner, layers, False),
-        linear("feed_forward.down_proj", inner, h, layers, False),
+        *(
+            linear(f"{path}attention.{name}", h, h, layers, False)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ),
+        linear(path + "feed_forward.gate_proj", h, inner, layers, False),
+        linear(path + "feed_forward.up_proj", h, inner, layers, False),
+        linear(path + "feed_forward.down_proj", inner, h, layers, False),
     )
     return rows, (
         weight("patch_conv", patch_conv(v, h, 16, bias=False)),

@@ -256,6 +256,9 @@ def _notes(
     if k and not _has_experts(found):
         yield ("W-EXPERTS-FROZEN", "the routed experts, most of this model, get no adapter",
                "Choose --experts, or accept attention-size capacity.")  # fmt: skip
+    if _has_experts(found) and not any(a.fused for a in found) and method.experts != "none":
+        yield ("W-EXPERTS-STACK", f"peft trains no {method.experts} adapters on fused expert tensors",
+               "Use a library with grouped adapters, or --experts fused, which is peft's form.")  # fmt: skip
     if method.name == "dora" and any(a.fused for a in found):
         yield ("W-DORA-EXPERTS", "peft has no DoRA for fused expert tensors", "Use lora for the experts.")
 

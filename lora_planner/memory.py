@@ -1,0 +1,485 @@
+"""How much GPU memory a training step needs, phase by phase, and what would make it fit.
+
+A phase is a ledger of what is alive at its worst moment; the peak is the largest phase:
+
+    load        weights, adapters
+    forward     + optimizer states, kept activations, the logits while the loss is computed
+    backward    either at the loss: everything kept and the gradients of the logits,
+                or at the last layer to be undone: that layer, and all gradients
+    optimizer   weights, adapters, gradients, states, and a temporary
+
+The longest sample of a batch decides: `seq_len` is the padded length of the longest batch.
+
+Letters: T = micro_batch * seq_len tokens, V vocabulary, H hidden_size, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil, erf, log, sqrt
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from lora_planner import activations
+from lora_planner.activations import BF16, FP32, Setup
+from lora_planner.errors import BadInput, Infeasible, UnknownName, nearest
+from lora_planner.ledger import ASSUMED, DERIVED, EXACT, FITTED, Estimate, Ledger, Term
+from lora_planner.method import Method
+from lora_planner.method.targets import adapter_table
+from lora_planner.model import LINEAR, PARAMETER, Model, Scan
+from lora_planner.params import BYTES, stored_params, trainable_params
+
+CHECKPOINTING = ("none", "full")
+ATTENTION = ("eager", "sdpa", "flash")
+LOSS = ("full", "chunked")
+FULL_PRECISION = ("mixed", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """Bytes per trainable parameter: `states` for a parameter of 1 byte a dtype byte, or fixed.
+
+    `per_dtype_byte`: states in the parameter's own dtype (m and v: 2). `fixed`: states of a size of their own.
+    `temporary`: parameter-sized temporaries while it steps.
+    """
+
+    per_dtype_byte: float
+    fixed: float
+    temporary: float
+
+
+# fmt: off
+OPTIMIZERS = {
+    "adamw":         Optimizer(2, 0, 1),  # torch's default on a GPU is foreach
+    "adamw-foreach": Optimizer(2, 0, 1),  # _foreach_sqrt(v) is a copy of all of v
+    "adamw-fused":   Optimizer(2, 0, 0),
+    "adamw-8bit":    Optimizer(0, 2 * (1 + 4 / 256), 0),  # blocks of 256 with an fp32 scale each
+}
+#: bits per parameter of a quantised base: 4-bit codes, and a constant per block of 64; with double
+#: quantisation 8 bits each and an fp32 constant per 256 of them, else fp32 each
+QUANTISED_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "nf4-single": 4 + 32 / 64}
+# fmt: on
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `memory` that say how a step runs."""
+
+    checkpointing: str
+    attention: str
+    optimizer: str
+    loss: str
+    full_precision: str
+    autocast: bool
+    padded: bool | None
+    keep_logits: bool
+    accumulate: bool
+    upcast: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A fitted or assumed number with its 90 % interval: a row of data/memory_constants.json."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    basis: str
+    n: int
+    source: str
+
+
+@lru_cache(maxsize=1)
+def constants() -> dict[str, Constant]:
+    rows = json.loads((Path(__file__).parent / "data" / "memory_constants.json").read_text())["constants"]
+    return {row["name"]: Constant(**row) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Every phase, the peak with its 90 % interval, and the largest term of the peak.
+
+    `allocated`: the peak without CUDA context and allocator, as torch.cuda.max_memory_allocated counts.
+    `p_fit`: only where a capacity was given.
+    """
+
+    phases: dict[str, Ledger]
+    peak_phase: str
+    peak: Estimate
+    dominating: Term
+    allocated: float
+    p_fit: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def bytes_per_param(dtype: str) -> float:
+    """
+    >>> bytes_per_param("bfloat16"), round(bytes_per_param("nf4"), 4)
+    (2, 0.5159)
+    """
+    if dtype in QUANTISED_BITS:
+        return QUANTISED_BITS[dtype] / 8
+    if dtype not in BYTES:
+        known = (*BYTES, *QUANTISED_BITS)
+        raise UnknownName(f"dtype {dtype!r} is not known", "base dtype", f"Known: {', '.join(known)}.")
+    return BYTES[dtype]
+
+
+@lru_cache(maxsize=4096)
+def weights(model: Model, dtype: str, upcast: bool = False) -> tuple[float, int]:
+    """Bytes of the frozen base, and parameters that a 4-bit base leaves unquantised.
+
+        P * bytes(dtype);   4-bit: only nn.Linear and Conv1D rows inside the layers, all else in bf16
+
+    bitsandbytes replaces modules, so embeddings, lm_head, norms, routers that are bare parameters and
+    transformers 5's fused (3-D) experts stay as they are. `upcast`: peft's prepare_model_for_kbit_training
+    makes all of these fp32.
+    """
+    if dtype not in QUANTISED_BITS:
+        return model.total * bytes_per_param(dtype), model.total
+    rows = (*model.linears, *model.tower)
+    quantised = sum(row.d_in * row.d_out * row.count for row in rows if row.kind != PARAMETER)
+    rest = model.total - quantised
+    return quantised * bytes_per_param(dtype) + rest * (FP32 if upcast else BF16), rest
+
+
+def checkpoint_store(model: Model, tokens: float, stream: int) -> float:
+    """What full checkpointing keeps: the input of every layer.
+
+    layers * T * H * bytes
+    """
+    return model.layers * tokens * model.hidden_size * stream
+
+
+def log_softmax(vocab: int, tokens: float) -> float:
+    """Cross entropy keeps the log-softmax of all logits in fp32:  4 T V"""
+    return FP32 * tokens * vocab
+
+
+def logit_gradients(vocab: int, tokens: float) -> float:
+    """Two fp32 gradients are alive when the log-softmax is undone: the loss's and the logits'.  8 T V"""
+    return 2 * FP32 * tokens * vocab
+
+
+def chunked_logits(model: Model, tokens: float) -> float:
+    """A fused linear cross entropy computes logits and their gradient for a chunk at a time.
+
+        chunk = T / ceil(V / H) rounded up to a power of two;   8 V chunk + 2 T H
+
+    The chunk's logits with their fp32 copy and gradient (8 V is assumed, kernels differ), and the gradient
+    of the hidden states. Source: chunk size as in Liger-Kernel's fused linear cross entropy.
+    """
+    share = max(1, ceil(tokens / ceil(model.vocab_size / model.hidden_size)))
+    chunk = min(tokens, 1 << (share - 1).bit_length())
+    return 8 * model.vocab_size * chunk + BF16 * tokens * model.hidden_size
+
+
+@lru_cache(maxsize=4096)
+def dequantised(model: Model, dtype: str) -> int:
+    """The largest matrix in bf16: a 4-bit matrix is unpacked whole before it is multiplied."""
+    if dtype not in QUANTISED_BITS:
+        return 0
+    rows = [row for row in (*model.linears, *model.tower) if row.kind != PARAMETER]
+    return max((BF16 * row.d_in * row.d_out for row in rows), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Everything that does not depend on batch and length: bytes, and the coefficients of tokens."""
+
+    base: float
+    adapters: float
+    grads: float
+    states: float
+    temporary: float
+    cast: float
+    dequantised: int
+    stream: int
+    kept: tuple[activations.Kept, ...]
+    layer: tuple[activations.Kept, ...]
+    flight: tuple[activations.Kept, activations.Kept]
+    head: float
+    late: float  # bytes of gradients that come after the last layer's activations are gone
+    summed: float  # bytes of temporaries while the two gradients of a tied embedding are added
+    unsure: bool
+    warnings: tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def shape(
+    model: Model, method: Method, setup: Setup, optimizer: str, full_precision: str, upcast: bool
+) -> Shape:
+    opt = OPTIMIZERS[optimizer]
+    trainable = trainable_params(model, method)
+    warnings: list[str] = []
+    if method.is_full:
+        width = FP32 if full_precision == "mixed" else BF16
+        base, adapters = width * (model.total - model.groups["vision"]), 0.0
+        base += BF16 * model.groups["vision"]  # a tower that text never passes is left frozen
+        trainable -= model.groups["vision"]
+        if model.groups["vision"]:
+            warnings.append("the vision tower is counted as frozen weights: text passes no gradient through it")
+        matrices = sum(row.params for row in model.linears) + model.head.params
+        cast = BF16 * matrices if setup.autocast else 0.0
+        stream = FP32 if full_precision == "mixed" else BF16
+        last = model.blocks[model.order[0]]
+        late = width * float(sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params))
+        summed = 2.0 * width * model.embed.params if model.tied else 0.0
+    else:
+        late = summed = 0.0
+        width = BYTES[method.adapter_dtype]
+        base, rest = weights(model, method.base_dtype, upcast)
+        adapters = float(stored_params(model, method) * width)
+        cast = BF16 * adapters / width if setup.autocast and width == FP32 else 0.0
+        stream = FP32 if upcast else BF16
+        if method.base_dtype in QUANTISED_BITS:
+            warnings += _quantisation_warnings(model, rest, upcast)
+        if any(a.fused for a in adapter_table(model, method).adapters):
+            warnings.append("peft adapts fused experts by building W + B A of all experts in every layer")
+    kept, layer = activations.layers(model, method, setup)
+    unsure = any(isinstance(b.mixer, Scan) for b in model.blocks)
+    if unsure:
+        warnings.append("state-space layers: no published memory measurement, the interval is wide")
+    return Shape(
+        base=base,
+        adapters=adapters,
+        grads=float(trainable * width),
+        states=trainable * (opt.per_dtype_byte * width + opt.fixed),
+        temporary=trainable * opt.temporary * width,
+        cast=cast,
+        dequantised=dequantised(model, method.base_dtype) if not method.is_full else 0,
+        stream=stream,
+        kept=kept,
+        layer=layer,
+        flight=activations.in_flight(model, method, setup),
+        head=activations.head(model, method, setup),
+        late=late,
+        summed=summed,
+        unsure=unsure,
+        warnings=tuple(warnings),
+    )
+
+
+def _quantisation_warnings(model: Model, rest: int, upcast: bool) -> list[str]:
+    found = []
+    bare = sum(row.params for row in model.linears if row.kind == PARAMETER and row.group == "experts")
+    if bare:
+        found.append(
+            f"4-bit loading skips the fused experts: {bare / model.total:.0%} of the parameters stay in bf16"
+        )
+    if not upcast:
+        found.append(
+            f"peft's prepare_model_for_kbit_training would make {rest:,} unquantised parameters fp32: "
+            f"{rest * BF16:,} bytes more"
+        )
+    return found
+
+
+def memory(
+    model: Model,
+    method: Method,
+    *,
+    micro_batch: int,
+    seq_len: int,
+    checkpointing: str = "none",
+    attention: str = "sdpa",
+    optimizer: str = "adamw",
+    loss: str = "full",
+    full_precision: str = "mixed",
+    autocast: bool = False,
+    padded: bool | None = None,
+    keep_logits: bool = False,
+    accumulate: bool = False,
+    upcast: bool = False,
+    gpu_memory_bytes: float | None = None,
+) -> MemoryPlan:
+    """Peak memory of one training step on one GPU, by phase and term.
+
+    full_precision: "mixed" is fp32 weights under bf16 autocast, 16 bytes a parameter with its gradient and
+    AdamW's states; "bf16" is a model loaded and trained in bf16, 8 bytes a parameter.
+    autocast: matrices cast fp32 inputs to bf16, as Trainer(bf16=True) does with fp32 adapters.
+    padded: the batch needs an attention mask; by default where it has more than one sample.
+    keep_logits: the loop holds the model's output while it calls backward (`out.loss.backward()`).
+    accumulate: gradients of an earlier micro-batch are alive. upcast: see `weights`.
+    """
+    _check(micro_batch, seq_len, checkpointing, attention, optimizer, loss, full_precision)
+    mixed = method.is_full and full_precision == "mixed"
+    is_padded = micro_batch > 1 if padded is None else padded
+    upcast = upcast and method.base_dtype in QUANTISED_BITS and not method.is_full
+    width = FP32 if upcast and not autocast else BF16
+    setup = Setup(attention, autocast or mixed, is_padded, width)
+    s = shape(model, method, setup, optimizer, full_precision, upcast)
+    tokens = micro_batch * seq_len
+    pairs = tokens * seq_len
+
+    load = [Term("weights", s.base, EXACT, "memory.weights")]
+    if s.adapters:
+        load.append(Term("adapters", s.adapters, EXACT, "params.stored_params"))
+    grads = Term("gradients", s.grads, DERIVED, "params.trainable_params")
+    resting = [*load, Term("optimizer states", s.states, DERIVED, "memory.OPTIMIZERS")]
+    running = [*resting, grads] if accumulate else resting
+
+    cast = [Term("autocast copies", s.cast, DERIVED, "activations.adapter")] if s.cast else []
+    if checkpointing == "full":
+        kept = [Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store")]
+        if is_padded and attention == "sdpa":
+            kept.append(Term("mask", float(pairs), DERIVED, "activations.attention"))
+    else:
+        kept = [
+            Term(k.name, k.token * tokens + k.pair * pairs + k.fixed, DERIVED, f"activations.{WHY[k.name]}")
+            for k in s.kept
+        ]
+        kept += cast
+    tail = Term("head", s.head * tokens, DERIVED, "activations.head")
+    output = []
+    if keep_logits and loss == "full":
+        output = [Term("model output", float(width * tokens * model.vocab_size), DERIVED, "memory.memory")]
+    at_loss = [*running, *kept, tail, *output, *_loss(model, tokens, loss)]
+    forward = [*running, *kept, tail, _forward_logits(model, tokens, loss, width)]
+    if cast and checkpointing == "full":
+        forward += cast  # autocast forgets them when it ends, unless the graph still needs them
+
+    undone = _undone(s, tokens, pairs)
+    first = [*running, *kept, *output, *(undone if checkpointing == "full" else undone[1:])]
+    last = [*running, *output, *undone]
+    end = [*running, *output]
+    if s.summed:
+        end.append(Term("sum of tied gradients", s.summed, DERIVED, "memory.shape"))
+    if not accumulate:
+        last.append(replace(grads, value=grads.value - s.late))
+        end.append(grads)
+    stepping = [*resting, grads]
+    if s.temporary:
+        stepping.append(Term("optimizer temporary", s.temporary, DERIVED, "memory.OPTIMIZERS"))
+    backward = max((at_loss, first, last, end), key=_sum)
+    phases = {"load": load, "forward": forward, "backward": backward, "optimizer": stepping}
+    return _plan(phases, s, gpu_memory_bytes)
+
+
+def _sum(terms: list[Term]) -> float:
+    return sum([t.value for t in terms])
+
+
+def _loss(model: Model, tokens: int, loss: str) -> list[Term]:
+    """The head's part of the peak when the backward pass starts."""
+    if loss == "chunked":
+        return [_chunk(model, tokens)]
+    return [
+        Term("logits", log_softmax(model.vocab_size, tokens), DERIVED, "memory.log_softmax"),
+        Term("logit gradients", logit_gradients(model.vocab_size, tokens), DERIVED, "memory.logit_gradients"),
+    ]
+
+
+def _forward_logits(model: Model, tokens: int, loss: str, width: int) -> Term:
+    """The head's output, its fp32 copy (the output itself if that is fp32) and the log-softmax."""
+    if loss == "chunked":
+        return _chunk(model, tokens)
+    copies = (width if width == BF16 else 0) + 2 * FP32
+    return Term("logits", float(copies * tokens * model.vocab_size), DERIVED, "memory.log_softmax")
+
+
+def _chunk(model: Model, tokens: int) -> Term:
+    value = chunked_logits(model, tokens)
+    return Term("logits", value, ASSUMED, "memory.chunked_logits", value / 4, value * 1.5)
+
+
+def _undone(s: Shape, tokens: int, pairs: int) -> list[Term]:
+    """What one layer kept, the gradients in flight while it is undone, and its unpacked matrix."""
+    size = {k.name: k.token * tokens + k.pair * pairs + k.fixed for k in s.layer}
+    mlp, attention = (k.token * tokens + k.pair * pairs for k in s.flight)
+    kept = sum(size.values())
+    without_mlp = kept - size.get("mlp", 0.0) - size.get("experts", 0.0)
+    if kept + mlp < without_mlp + attention:
+        kept, mlp = without_mlp, attention
+    terms = [
+        Term("one layer", kept, DERIVED, "activations.layers"),
+        Term("gradients in flight", mlp, ASSUMED, "activations.in_flight", mlp / 2, mlp * 2),
+    ]
+    if s.dequantised:
+        terms.append(Term("dequantised matrix", s.dequantised, DERIVED, "memory.dequantised"))
+    return terms
+
+
+#: which function of activations.py explains what is kept under this name
+WHY = {
+    "norms": "norm", "attention": "attention", "scan": "scan", "mlp": "mlp", "experts": "mlp",
+    "routing": "mlp", "inputs": "inputs", "adapter inputs": "adapter", "dora": "adapter",
+    "adapted experts": "adapter",
+}  # fmt: skip
+
+
+def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> MemoryPlan:
+    """Add what the GPU takes besides tensors, and the interval that held-out measurements leave."""
+    known = constants()
+    context, slack, rest = known["cuda_context_bytes"], known["allocator_fraction"], known["unexplained"]
+    workspace = known["workspace_bytes"]
+    ledgers = {}
+    sums = {}
+    for name, terms in phases.items():
+        tensors = _sum(terms)
+        moving = tensors - s.base
+        terms = [
+            *terms,
+            Term("allocator", slack.value * moving, slack.basis, "memory.constants", slack.low * moving, slack.high * moving),
+            Term("workspace", workspace.value, workspace.basis, "memory.constants", workspace.low, workspace.high),
+            Term("unexplained", rest.value * tensors, rest.basis, "memory.constants", rest.low * tensors, rest.high * tensors),
+            Term("CUDA context", context.value, context.basis, "memory.constants", context.low, context.high),
+        ]
+        ledgers[name] = Ledger("memory", "B", terms, f"one GPU, {name}")
+        sums[name] = tensors
+    peak_phase = max(ledgers, key=lambda name: ledgers[name].total)
+    peak = ledgers[peak_phase].estimate()
+    ratio = known["peak_ratio_hybrid" if s.unsure else "peak_ratio"]
+    peak = replace(peak, low=peak.value * ratio.low, high=peak.value * ratio.high, basis=ratio.basis, source=ratio.source)
+    return MemoryPlan(
+        phases=ledgers,
+        peak_phase=peak_phase,
+        peak=peak,
+        dominating=ledgers[peak_phase].largest(),
+        allocated=sums[peak_phase],
+        p_fit=None if capacity is None else p_fit(peak, capacity),
+        warnings=s.warnings,
+    )
+
+
+def _check(
+    micro_batch: int, seq_len: int, checkpointing: str, attention: str, optimizer: str, loss: str, precision: str
+) -> None:
+    if micro_batch < 1 or seq_len < 1:
+        raise BadInput(
+            f"a batch of {micro_batch} x {seq_len} tokens", "micro_batch, seq_len", "Use 1 or more of each."
+        )
+    for value, known, where in (
+        (checkpointing, CHECKPOINTING, "checkpointing"),
+        (attention, ATTENTION, "attention"),
+        (optimizer, OPTIMIZERS, "optimizer"),
+        (loss, LOSS, "loss"),
+        (precision, FULL_PRECISION, "full_precision"),
+    ):
+        if value not in known:
+            close = nearest(value, known, 1)
+            raise UnknownName(
+                f"{where} {value!r} is not known", where,
+                f"Known: {', '.join(known)}." + (f" Nearest: {close[0]}." if close else ""),
+            )  # fmt: skip
+
+
+def p_fit(peak: Estimate, capacity_bytes: float) -> float:
+    """Probability that the peak stays within a capacity.
+
+        Phi((ln capacity - m) / s),   m = (ln low + ln high) / 2,   s = (ln high - ln low) / (2 * 1.645)
+
+    `low` and `high` are read as the 5 % and 95 % points of a normal distribution of ln(peak).
+
+    >>> round(p_fit(Estimate(90, 100, 110, "B", FITTED), 110), 2)
+    0.95
+    """
+    if capacity_bytes <= 0:
+        return 0.0
+    spread = (log(peak.high) - log(peak.low)) / (2 * 1.6448536269514722)
+    middle = (log(peak.high) + log(peak.low)) / 2
+    if spread == 0:
+        return float(peak.value <= capacity_bytes)
+    return 0.5 * (1 + erf((log(capacity_bytes) - middle) / spread / sqrt(2)))
