@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_planner import __version__
 from lora_planner.errors import BadInput, LoraPlanError, UsageError
+
+if TYPE_CHECKING:
+    from lora_planner.plan import Configuration, Job, Plan, Priced
 
 METHODS = ["full", "lora", "qlora", "rslora", "dora", "lora-fa"]
 EXPERTS = ["per-expert", "per-expert-over-active", "shared-outer", "fused", "none"]
@@ -48,7 +51,7 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-MODEL = click.option("--model", required=True, metavar="NAME|PATH", help="Catalogue name, config.json, directory or hub id.")
+MODEL = click.option("--model", metavar="NAME|PATH", help="Catalogue name, config.json, directory or hub id.")
 GPU = click.option("--gpu", metavar="NAME", help="Exact name, see `lora-plan gpus`.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 PRICES = click.option("--prices", metavar="FILE", help="Your prices (TOML); wins for the GPUs it names.")
@@ -124,8 +127,7 @@ def recommend(as_json: bool, **words: Any) -> None:
 @options(MODEL, ADAPTER, GPU, STEP, FINE, PRICES, OFFLINE, JSON)
 @click.option("--tokens", metavar="N", help="Tokens to train on: adds hours and cost of the run.")
 @click.option("--batch", "batch_file", metavar="FILE.jsonl", help="One configuration a line, one JSON line out each.")
-@click.pass_context
-def estimate(ctx: click.Context, as_json: bool, batch_file: str | None, **words: Any) -> None:
+def estimate(as_json: bool, batch_file: str | None, **words: Any) -> None:
     """Price one explicit configuration; search nothing.
 
     \b
@@ -136,11 +138,10 @@ def estimate(ctx: click.Context, as_json: bool, batch_file: str | None, **words:
 
     if batch_file:
         sys.exit(_estimate_lines(batch_file, words))
-    models = words["model"].split(",")
-    if len(models) > 1 and as_json:
-        codes = [_estimate_line({**words, "model": name}) for name in models]
-        sys.exit(max(codes))
-    for name in models:
+    names = _needed(words, "model").split(",")
+    if len(names) > 1 and as_json:
+        sys.exit(max(_estimate_line({**words, "model": name}) for name in names))
+    for name in names:
         priced = _priced({**words, "model": name})
         if as_json:
             click.echo(render.to_json(render.estimate_object(priced)))
@@ -197,7 +198,7 @@ def explain(quantity: str, as_json: bool, **words: Any) -> None:
     from lora_planner import render
     from lora_planner.plan import explain as terms
 
-    ledger = terms(quantity, _priced(words))
+    ledger = terms(quantity, _plan(words))
     if as_json:
         click.echo(render.to_json(render.ledger_envelope(ledger)))
     else:
@@ -209,9 +210,9 @@ def explain(quantity: str, as_json: bool, **words: Any) -> None:
 def models(as_json: bool) -> None:
     """The built-in models: names for --model."""
     from lora_planner import render
-    from lora_planner.checkpoint import catalogue
+    from lora_planner.model_source import model_rows
 
-    rows = catalogue()
+    rows = model_rows()
     if as_json:
         click.echo(render.to_json(render.rows_envelope(rows)))
     else:
@@ -230,3 +231,120 @@ def gpus(as_json: bool, prices: str | None) -> None:
         click.echo(render.to_json(render.rows_envelope(rows)))
     else:
         render.show_rows("gpus", rows)
+
+
+# ---------------------------------------------------------------- words into types
+
+
+def _needed(words: dict[str, Any], name: str) -> Any:
+    value = words.get(name)
+    if value is None or value == "":
+        raise UsageError(f"--{name.replace('_', '-')} is missing", "", f"See `lora-plan {name}s`.")
+    return value
+
+
+def _number(words: dict[str, Any], name: str, kind: type[int] | type[float]) -> Any:
+    """Words from a JSON line have any type; those of the shell were checked by click."""
+    value = words[name]
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+        raise BadInput(f"{name}: expected a number, got {value!r}", "configuration", "Give a number.")
+    return value
+
+
+def _text(words: dict[str, Any], name: str) -> str:
+    value = words[name]
+    if not isinstance(value, str):
+        raise BadInput(f"{name}: expected text, got {value!r}", "configuration", "Put it in quotes.")
+    return value
+
+
+def _configuration(words: dict[str, Any]) -> Configuration:
+    from lora_planner.facts import gpu
+    from lora_planner.method import method
+    from lora_planner.model_source import load_model
+    from lora_planner.plan import Configuration
+
+    name, targets = _needed(words, "model"), _text(words, "targets")
+    if not isinstance(name, str):
+        raise BadInput(f"model: expected text, got {name!r}", "configuration", "Put it in quotes.")
+    return Configuration(
+        load_model(name, offline=bool(words.get("offline"))),
+        method(
+            _text(words, "method"),
+            _number(words, "rank", int),
+            float(_number(words, "alpha", float)),
+            tuple(t.strip() for t in targets.split(",") if t.strip()),
+            _text(words, "experts"),
+        ),
+        gpu(_text(words, "gpu")) if words.get("gpu") else None,
+        _number(words, "micro_batch", int),
+        _number(words, "seq_len", int),
+        checkpointing=_text(words, "checkpointing"),
+        attention=_text(words, "attention"),
+        optimizer=_text(words, "optimizer"),
+        loss=_text(words, "loss"),
+        stack=_text(words, "stack"),
+    )
+
+
+def _priced(words: dict[str, Any]) -> Priced:
+    from lora_planner.data_file import parse_token_count
+    from lora_planner.plan import PriceBook, price
+
+    tokens = parse_token_count(str(words["tokens"])) if words.get("tokens") else None
+    return price(_configuration(words), PriceBook.load(words.get("prices")), tokens)
+
+
+def _plan(words: dict[str, Any]) -> Plan:
+    """The plan of one explicit configuration, for `explain`."""
+    from lora_planner.batch import recommend_batch
+    from lora_planner.data_file import DataFacts, parse_token_count
+    from lora_planner.plan import Job, PriceBook, make_plan
+
+    c = _configuration(words)
+    assert c.gpu
+    data = DataFacts.from_tokens(parse_token_count(words["tokens"]), c.seq_len)
+    job = Job(c.model, data, (c.gpu,), PriceBook.load(words["prices"]))
+    return make_plan(job, c, recommend_batch(data.examples, 1.0, c.seq_len))
+
+
+def _job(words: dict[str, Any]) -> Job:
+    from lora_planner.data_file import DataFacts, parse_token_count, read_data
+    from lora_planner.facts import gpu
+    from lora_planner.model_source import load_model
+    from lora_planner.plan import Job, PriceBook
+
+    model = load_model(_needed(words, "model"), offline=words["offline"])
+    gpus = tuple(gpu(name.strip()) for name in words["gpu"].split(",") if name.strip())
+    if words["data"] and words["tokens"]:
+        raise UsageError("--data and --tokens are two sizes of one data set", "", "Give one of them.")
+    if words["rl"] and not words["problems"]:
+        raise UsageError("--rl needs --problems", "", "How many problems are in the data?")
+    length = words["max_length"]
+    if words["data"]:
+        data = read_data(words["data"], tokenizer=words["tokenizer"], max_length=length)
+    elif words["tokens"]:
+        data = DataFacts.from_tokens(parse_token_count(words["tokens"]), length)
+    else:
+        raise UsageError("neither --data nor --tokens", "", "Give the data file, or its size: --tokens 10M.")
+    if length and model.max_positions and length > model.max_positions:
+        raise BadInput(
+            f"--max-length {length} exceeds the model's {model.max_positions} positions",
+            "--max-length",
+            "Use a shorter length.",
+        )
+    return Job(
+        model,
+        data,
+        gpus,
+        PriceBook.load(words["prices"]),
+        words["epochs"],
+        length,
+        words["budget"],
+        words["deadline"] * 3600 if words["deadline"] is not None else None,
+        words["first_epoch_loss"],
+        words["rl"],
+        words["problems"] or 0,
+        words["group"],
+        words["pass_rate"],
+    )

@@ -306,3 +306,37 @@ def _packaged(name: str) -> str:
 
 def _packaged_toml(name: str) -> dict[str, Any]:
     return tomllib.loads(_packaged(name))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRow:
+    """A line of `lora-plan gpus`: the data sheet beside the prices known for it."""
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float | None  # dense
+    hbm_tb_per_s: float
+    usd_per_hour: str
+    as_of: str
+    also: str
+
+
+def gpu_rows(prices_path: str | None = None) -> list[GpuRow]:
+    """Every GPU with the range of its prices and the newest date among them."""
+    found = []
+    for g in gpus():
+        rows = [row for row in prices(prices_path) if row.gpu == g.name]
+        usd = sorted(row.usd_per_gpu_hour for row in rows)
+        bf16 = g.peak_flops_per_s.get("bf16")
+        found.append(
+            GpuRow(
+                g.name,
+                round(g.memory_bytes / (1024 * MIB), 1),
+                round(bf16 / 1e12, 1) if bf16 else None,
+                round(g.hbm_bytes_per_s / 1e12, 2),
+                f"{usd[0]:.2f} - {usd[-1]:.2f}" if usd else "no price",
+                max((row.as_of.isoformat() for row in rows), default=""),
+                ", ".join((*g.also, *g.reported_as)),
+            )
+        )
+    return found

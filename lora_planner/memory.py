@@ -16,20 +16,24 @@ Letters: T = micro_batch * seq_len tokens, V vocabulary, H hidden_size, P traina
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from math import ceil, erf, log, sqrt
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 from lora_planner import activations
 from lora_planner.activations import BF16, FP32, Setup
-from lora_planner.errors import BadInput, Infeasible, UnknownName, nearest
+from lora_planner.errors import BadInput, UnknownName, nearest
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, FITTED, Estimate, Ledger, Term
 from lora_planner.method import Method
-from lora_planner.method.targets import adapter_table
-from lora_planner.model import LINEAR, PARAMETER, Model, Scan
+from lora_planner.method.targets import adapter_table, experts
+from lora_planner.model import PARAMETER, Model, Scan
 from lora_planner.params import BYTES, stored_params, trainable_params
+from lora_planner.units import gib
+from lora_planner.units import gib
 
 CHECKPOINTING = ("none", "full")
 ATTENTION = ("eager", "sdpa", "flash")
@@ -203,7 +207,7 @@ class Shape:
     head: float
     late: float  # bytes of gradients that come after the last layer's activations are gone
     summed: float  # bytes of temporaries while the two gradients of a tied embedding are added
-    unsure: bool
+    ratio: str  # the constant that holds the interval of this kind of model
     warnings: tuple[str, ...]
 
 
@@ -220,12 +224,16 @@ def shape(
         base += BF16 * model.groups["vision"]  # a tower that text never passes is left frozen
         trainable -= model.groups["vision"]
         if model.groups["vision"]:
-            warnings.append("the vision tower is counted as frozen weights: text passes no gradient through it")
+            warnings.append(
+                "the vision tower is counted as frozen weights: text passes no gradient through it"
+            )
         matrices = sum(row.params for row in model.linears) + model.head.params
         cast = BF16 * matrices if setup.autocast else 0.0
         stream = FP32 if full_precision == "mixed" else BF16
         last = model.blocks[model.order[0]]
-        late = width * float(sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params))
+        late = width * float(
+            sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params)
+        )
         summed = 2.0 * width * model.embed.params if model.tied else 0.0
     else:
         late = summed = 0.0
@@ -239,8 +247,8 @@ def shape(
         if any(a.fused for a in adapter_table(model, method).adapters):
             warnings.append("peft adapts fused experts by building W + B A of all experts in every layer")
     kept, layer = activations.layers(model, method, setup)
-    unsure = any(isinstance(b.mixer, Scan) for b in model.blocks)
-    if unsure:
+    scans = any(isinstance(b.mixer, Scan) for b in model.blocks)
+    if scans:
         warnings.append("state-space layers: no published memory measurement, the interval is wide")
     return Shape(
         base=base,
@@ -257,7 +265,7 @@ def shape(
         head=activations.head(model, method, setup),
         late=late,
         summed=summed,
-        unsure=unsure,
+        ratio="peak_ratio_hybrid" if scans else "peak_ratio_moe" if experts(model) else "peak_ratio",
         warnings=tuple(warnings),
     )
 
@@ -323,7 +331,9 @@ def memory(
 
     cast = [Term("autocast copies", s.cast, DERIVED, "activations.adapter")] if s.cast else []
     if checkpointing == "full":
-        kept = [Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store")]
+        kept = [
+            Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store")
+        ]
         if is_padded and attention == "sdpa":
             kept.append(Term("mask", float(pairs), DERIVED, "activations.attention"))
     else:
@@ -419,20 +429,43 @@ def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> Me
     sums = {}
     for name, terms in phases.items():
         tensors = _sum(terms)
-        moving = tensors - s.base
+        taken = tensors + workspace.value
         terms = [
             *terms,
-            Term("allocator", slack.value * moving, slack.basis, "memory.constants", slack.low * moving, slack.high * moving),
-            Term("workspace", workspace.value, workspace.basis, "memory.constants", workspace.low, workspace.high),
-            Term("unexplained", rest.value * tensors, rest.basis, "memory.constants", rest.low * tensors, rest.high * tensors),
+            Term(
+                "allocator",
+                slack.value * taken,
+                slack.basis,
+                "memory.constants",
+                slack.low * taken,
+                slack.high * taken,
+            ),
+            Term(
+                "workspace",
+                workspace.value,
+                workspace.basis,
+                "memory.constants",
+                workspace.low,
+                workspace.high,
+            ),
+            Term(
+                "unexplained",
+                rest.value * tensors,
+                rest.basis,
+                "memory.constants",
+                rest.low * tensors,
+                rest.high * tensors,
+            ),
             Term("CUDA context", context.value, context.basis, "memory.constants", context.low, context.high),
         ]
         ledgers[name] = Ledger("memory", "B", terms, f"one GPU, {name}")
         sums[name] = tensors
     peak_phase = max(ledgers, key=lambda name: ledgers[name].total)
     peak = ledgers[peak_phase].estimate()
-    ratio = known["peak_ratio_hybrid" if s.unsure else "peak_ratio"]
-    peak = replace(peak, low=peak.value * ratio.low, high=peak.value * ratio.high, basis=ratio.basis, source=ratio.source)
+    ratio = known[s.ratio]
+    peak = replace(
+        peak, low=peak.value * ratio.low, high=peak.value * ratio.high, basis=ratio.basis, source=ratio.source
+    )
     return MemoryPlan(
         phases=ledgers,
         peak_phase=peak_phase,
@@ -445,7 +478,13 @@ def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> Me
 
 
 def _check(
-    micro_batch: int, seq_len: int, checkpointing: str, attention: str, optimizer: str, loss: str, precision: str
+    micro_batch: int,
+    seq_len: int,
+    checkpointing: str,
+    attention: str,
+    optimizer: str,
+    loss: str,
+    precision: str,
 ) -> None:
     if micro_batch < 1 or seq_len < 1:
         raise BadInput(
@@ -483,3 +522,238 @@ def p_fit(peak: Estimate, capacity_bytes: float) -> float:
     if spread == 0:
         return float(peak.value <= capacity_bytes)
     return 0.5 * (1 + erf((log(capacity_bytes) - middle) / spread / sqrt(2)))
+
+
+#: what a search may change, in the order in which it costs a user the least: (words, new keywords of `memory`)
+CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("checkpoint activations", {"checkpointing": "full"}),
+    ("compute the loss in chunks", {"loss": "chunked"}),
+    ("keep adapters in bfloat16", {"adapter_dtype": "bfloat16"}),
+    ("hold the optimizer states in 8 bits", {"optimizer": "adamw-8bit"}),
+    ("micro-batch 1", {"micro_batch": 1}),
+    ("hold the base in 4 bits (nf4)", {"base_dtype": "nf4"}),
+    ("halve the longest sample", {"seq_len": 0.5}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change, or a pair, that makes a step fit; `saves` bytes of the peak."""
+
+    words: str
+    saves: float
+    peak: Estimate
+    p_fit: float
+
+    def __str__(self) -> str:
+        return f"{self.words}: {gib(self.peak.value)}, P(fit) {self.p_fit:.2f}"
+
+
+def smallest_change_that_fits(
+    model: Model, method: Method, capacity: float, *, min_p_fit: float = 0.95, **step: Any
+) -> Change | None:
+    """The first single change of CHANGES that fits, else the first pair, else None.
+
+    `step`: the keywords of `memory` as they are now.
+    """
+    before = memory(model, method, **step).peak.value
+    singles = [(words, new) for words, new in CHANGES if _changes_something(new, method, step)]
+    pairs = [(f"{a} and {b}", x | y) for i, (a, x) in enumerate(singles) for b, y in singles[i + 1 :]]
+    for words, new in singles + pairs:
+        after = _changed(model, method, new, step, capacity)
+        if (after.p_fit or 0.0) >= min_p_fit:
+            return Change(words, before - after.peak.value, after.peak, after.p_fit or 0.0)
+    return None
+
+
+def _changes_something(new: dict[str, Any], method: Method, step: dict[str, Any]) -> bool:
+    if "adapter_dtype" in new or "base_dtype" in new:
+        key = next(iter(new))
+        return not method.is_full and getattr(method, key) != new[key]
+    return all(step.get(key) != value for key, value in new.items())
+
+
+def _changed(
+    model: Model, method: Method, new: dict[str, Any], step: dict[str, Any], capacity: float
+) -> MemoryPlan:
+    words = dict(step)
+    for key, value in new.items():
+        if key in ("adapter_dtype", "base_dtype"):
+            method = replace(method, **{key: value})
+        elif key == "seq_len":
+            words[key] = max(1, int(step[key] * value))
+        else:
+            words[key] = value
+    return memory(model, method, gpu_memory_bytes=capacity, **words)
+
+
+def largest_micro_batch(
+    model: Model, method: Method, capacity: float, *, min_p_fit: float = 0.95, most: int = 4096, **step: Any
+) -> int:
+    """The largest micro-batch that fits with this probability; 0 where not even one sample does.
+
+    The peak grows with the batch, so bisection finds it.
+    """
+
+    def fits(n: int) -> bool:
+        found = memory(model, method, micro_batch=n, gpu_memory_bytes=capacity, **step)
+        return (found.p_fit or 0.0) >= min_p_fit
+
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+#: a plan "fits" at this probability: the upper end of the 90 % interval is inside
+MIN_P_FIT = 0.95
+#: nobody trains on less than this much of a sample to save memory
+SHORTEST = 256
+
+
+def largest_micro_batch(
+    model: Model,
+    method: Method,
+    capacity_bytes: float,
+    *,
+    seq_len: int,
+    min_p_fit: float = MIN_P_FIT,
+    limit: int = 4096,
+    **options: Unpack[Options],
+) -> int:
+    """The largest micro-batch up to `limit` that fits; 0 where not even one sample does. By bisection."""
+    return _largest(
+        limit, lambda n: _fits(Run(model, method, n, seq_len, options), capacity_bytes, min_p_fit)
+    )
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n in 1..limit for which a condition holds that holds for every smaller n too, else 0."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class Run(NamedTuple):
+    """A configuration that the search for what fits changes one part of."""
+
+    model: Model
+    method: Method
+    micro_batch: int
+    seq_len: int
+    options: Options
+
+    def plan(self) -> MemoryPlan:
+        return memory(
+            self.model, self.method, micro_batch=self.micro_batch, seq_len=self.seq_len, **self.options
+        )
+
+    def having(self, options: Options) -> Run:
+        return self._replace(options={**self.options, **options})
+
+
+def _fits(run: Run, capacity: float, min_p_fit: float) -> bool:
+    return p_fit(run.plan().peak, capacity) >= min_p_fit
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What makes a configuration fit: one change, or two; the peak after them and what they save."""
+
+    what: tuple[str, ...]
+    peak: Estimate
+    saved_bytes: float
+
+    def __str__(self) -> str:
+        return f"{' and '.join(self.what)}: {gib(self.saved_bytes)} less, peak {gib(self.peak.value)}"
+
+
+Step = Callable[[Run, float, float], tuple[str, Run] | None]
+
+
+def _checkpointing(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    if run.options.get("checkpointing", "none") == "full":
+        return None
+    return "full checkpointing", run.having({"checkpointing": "full"})
+
+
+def _chunked(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    if run.options.get("loss", "full") == "chunked":
+        return None
+    return "chunked loss", run.having({"loss": "chunked"})
+
+
+def _smaller_batch(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    n = _largest(run.micro_batch - 1, lambda n: _fits(run._replace(micro_batch=n), capacity, sure))
+    return (f"micro-batch {n}", run._replace(micro_batch=n)) if n else None
+
+
+def _shorter(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    n = _largest(run.seq_len - 1, lambda n: _fits(run._replace(seq_len=n), capacity, sure)) // 64 * 64
+    return (f"max length {n}", run._replace(seq_len=n)) if n >= SHORTEST else None
+
+
+def _nf4(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    m = run.method
+    if m.is_full or m.base_dtype in QUANTISED_BITS:
+        return None
+    return "nf4 base", run._replace(
+        method=replace(m, name="qlora" if m.name == "lora" else m.name, base_dtype="nf4")
+    )
+
+
+def _bf16_adapter(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    if run.method.is_full or run.method.adapter_dtype == "bfloat16":
+        return None
+    return "adapter in bf16", run._replace(method=replace(run.method, adapter_dtype="bfloat16"))
+
+
+def _small_states(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
+    if run.options.get("optimizer", "adamw") == "adamw-8bit":
+        return None
+    return "8-bit optimizer", run.having({"optimizer": "adamw-8bit"})
+
+
+#: in the order in which they cost least: time, then statistics, then precision
+STEPS: tuple[Step, ...] = (
+    _checkpointing, _chunked, _smaller_batch, _shorter, _nf4, _bf16_adapter, _small_states,
+)  # fmt: skip
+#: these look for the largest value that fits, so that in a pair they come second
+SEARCHES = (_smaller_batch, _shorter)
+
+
+def smallest_change_that_fits(
+    model: Model,
+    method: Method,
+    capacity_bytes: float,
+    *,
+    micro_batch: int,
+    seq_len: int,
+    min_p_fit: float = MIN_P_FIT,
+    **options: Unpack[Options],
+) -> Change | None:
+    """The first single change of STEPS after which it fits, else the first pair; None where none does.
+
+    A configuration that fits already gives a change of nothing.
+    """
+    run = Run(model, method, micro_batch, seq_len, options)
+    before = run.plan().peak
+    for steps in ((), *combinations(STEPS, 1), *combinations(STEPS, 2)):
+        done, after = [], run
+        for step in sorted(steps, key=lambda s: s in SEARCHES):
+            changed = step(after, capacity_bytes, min_p_fit)
+            if changed is None:
+                break
+            done.append(changed[0])
+            after = changed[1]
+        else:
+            peak = after.plan().peak
+            if p_fit(peak, capacity_bytes) >= min_p_fit:
+                return Change(tuple(done), peak, before.value - peak.value)
+    return None

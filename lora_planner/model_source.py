@@ -60,6 +60,27 @@ def catalogue() -> tuple[Entry, ...]:
     return tuple(_entry(path) for path in sorted(CATALOGUE.glob("*.json")))
 
 
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A line of `lora-plan models`."""
+
+    name: str
+    model_type: str
+    params: int
+    active: int
+    hub_id: str
+    as_of: str
+
+
+def model_rows() -> list[ModelRow]:
+    """The catalogue, counted."""
+    found = []
+    for entry in catalogue():
+        model = from_config(entry.config, entry.source, entry.name)
+        found.append(ModelRow(entry.name, model.model_type, model.total, model.active, entry.hub_id, entry.as_of))
+    return found
+
+
 def _entry(path: Path) -> Entry:
     row = read_json(path, path.name)
     return Entry(path.stem, row["hub_id"], row["source"], str(row["as_of"]), row["config"])
@@ -77,7 +98,8 @@ def load_model(text: str, offline: bool = True) -> Model:
     if mode is not None:
         return _from_directory(Path(text), text) if stat.S_ISDIR(mode) else _from_file(Path(text), text)
     wanted = text.lower()
-    for entry in catalogue():
+    named = CATALOGUE / f"{wanted}.json"  # one file instead of all, for whoever types the exact name
+    for entry in (_entry(named),) if "/" not in wanted and named.is_file() else catalogue():
         if wanted in (entry.name.lower(), entry.hub_id.lower()):
             source = f"catalogue: {entry.source}, as of {entry.as_of}"
             return replace(_build(entry.config, f"{entry.name}.json", entry.name), source=source)
