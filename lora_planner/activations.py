@@ -63,9 +63,7 @@ HABITS = {
     "qwen3_next": Habit(gain_fp32=True),
     "qwen3_5_text": Habit(gain_fp32=True),
     "qwen3_5_moe_text": Habit(gain_fp32=True),
-    "gpt_oss": Habit(
-        gain_fp32=True, act=4, score=BF16, row=INT64
-    ),  # clamped gate; softmax with sinks in bf16
+    "gpt_oss": Habit(gain_fp32=True, act=4, score=BF16, row=INT64),  # clamped gate; softmax with sinks in bf16
     "deepseek_v2": Habit(router_fp32=True),
     "deepseek_v3": Habit(router_fp32=True),
     "glm4_moe": Habit(router_fp32=True),
@@ -264,9 +262,7 @@ def mlp(block: Block, habit: Habit, width: int = BF16) -> Iterator[Kept]:
     for row in block.linears:
         if row.group not in ("mlp_dense", "shared", "experts") or row.reads[0] not in by_name:
             continue
-        feeders = [
-            by_name[name] for name in row.reads if name in by_name and by_name[name].group == row.group
-        ]
+        feeders = [by_name[name] for name in row.reads if name in by_name and by_name[name].group == row.group]
         if not feeders:
             continue
         gated = len(feeders) > 1 or feeders[0].parts > 1

@@ -27,18 +27,21 @@ from typing import NamedTuple, TypedDict, Unpack
 from lora_planner import activations
 from lora_planner.activations import BF16, FP32, Setup
 from lora_planner.errors import BadInput, UnknownName, nearest
-from lora_planner.ledger import ASSUMED, DERIVED, EXACT, FITTED, Estimate, Ledger, Term
+from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table, experts
 from lora_planner.model import PARAMETER, Model, Scan
 from lora_planner.params import BYTES, stored_params, trainable_params
-from lora_planner.units import gib
 from lora_planner.units import gib
 
 CHECKPOINTING = ("none", "full")
 ATTENTION = ("eager", "sdpa", "flash")
 LOSS = ("full", "chunked")
 FULL_PRECISION = ("mixed", "bf16")
+#: a plan that is called fitting: the 95 % end of its interval is inside the memory
+MIN_P_FIT = 0.95
+#: a max length below this is no answer to "what would fit"
+SHORTEST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,28 +215,22 @@ class Shape:
 
 
 @lru_cache(maxsize=4096)
-def shape(
-    model: Model, method: Method, setup: Setup, optimizer: str, full_precision: str, upcast: bool
-) -> Shape:
+def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_precision: str, upcast: bool) -> Shape:
     opt = OPTIMIZERS[optimizer]
     trainable = trainable_params(model, method)
     warnings: list[str] = []
     if method.is_full:
         width = FP32 if full_precision == "mixed" else BF16
-        base, adapters = width * (model.total - model.groups["vision"]), 0.0
+        base, adapters = float(width * (model.total - model.groups["vision"])), 0.0
         base += BF16 * model.groups["vision"]  # a tower that text never passes is left frozen
         trainable -= model.groups["vision"]
         if model.groups["vision"]:
-            warnings.append(
-                "the vision tower is counted as frozen weights: text passes no gradient through it"
-            )
+            warnings.append("the vision tower is counted as frozen weights: text passes no gradient through it")
         matrices = sum(row.params for row in model.linears) + model.head.params
         cast = BF16 * matrices if setup.autocast else 0.0
         stream = FP32 if full_precision == "mixed" else BF16
         last = model.blocks[model.order[0]]
-        late = width * float(
-            sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params)
-        )
+        late = float(width) * (sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params))
         summed = 2.0 * width * model.embed.params if model.tied else 0.0
     else:
         late = summed = 0.0
@@ -250,6 +247,8 @@ def shape(
     scans = any(isinstance(b.mixer, Scan) for b in model.blocks)
     if scans:
         warnings.append("state-space layers: no published memory measurement, the interval is wide")
+    elif experts(model):
+        warnings.append("no measured peak of a mixture of experts is used: the interval is that of dense models")
     return Shape(
         base=base,
         adapters=adapters,
@@ -265,7 +264,7 @@ def shape(
         head=activations.head(model, method, setup),
         late=late,
         summed=summed,
-        ratio="peak_ratio_hybrid" if scans else "peak_ratio_moe" if experts(model) else "peak_ratio",
+        ratio="peak_ratio_hybrid" if scans else "peak_ratio",
         warnings=tuple(warnings),
     )
 
@@ -274,9 +273,7 @@ def _quantisation_warnings(model: Model, rest: int, upcast: bool) -> list[str]:
     found = []
     bare = sum(row.params for row in model.linears if row.kind == PARAMETER and row.group == "experts")
     if bare:
-        found.append(
-            f"4-bit loading skips the fused experts: {bare / model.total:.0%} of the parameters stay in bf16"
-        )
+        found.append(f"4-bit loading skips the fused experts: {bare / model.total:.0%} of the parameters stay in bf16")
     if not upcast:
         found.append(
             f"peft's prepare_model_for_kbit_training would make {rest:,} unquantised parameters fp32: "
@@ -331,9 +328,7 @@ def memory(
 
     cast = [Term("autocast copies", s.cast, DERIVED, "activations.adapter")] if s.cast else []
     if checkpointing == "full":
-        kept = [
-            Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store")
-        ]
+        kept = [Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store")]
         if is_padded and attention == "sdpa":
             kept.append(Term("mask", float(pairs), DERIVED, "activations.attention"))
     else:
@@ -429,16 +424,16 @@ def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> Me
     sums = {}
     for name, terms in phases.items():
         tensors = _sum(terms)
-        taken = tensors + workspace.value
+        moving = tensors - s.base  # what is allocated and freed again
         terms = [
             *terms,
             Term(
                 "allocator",
-                slack.value * taken,
+                slack.value * moving,
                 slack.basis,
                 "memory.constants",
-                slack.low * taken,
-                slack.high * taken,
+                slack.low * moving,
+                slack.high * moving,
             ),
             Term(
                 "workspace",
@@ -487,9 +482,7 @@ def _check(
     precision: str,
 ) -> None:
     if micro_batch < 1 or seq_len < 1:
-        raise BadInput(
-            f"a batch of {micro_batch} x {seq_len} tokens", "micro_batch, seq_len", "Use 1 or more of each."
-        )
+        raise BadInput(f"a batch of {micro_batch} x {seq_len} tokens", "micro_batch, seq_len", "Use 1 or more of each.")
     for value, known, where in (
         (checkpointing, CHECKPOINTING, "checkpointing"),
         (attention, ATTENTION, "attention"),
@@ -512,7 +505,7 @@ def p_fit(peak: Estimate, capacity_bytes: float) -> float:
 
     `low` and `high` are read as the 5 % and 95 % points of a normal distribution of ln(peak).
 
-    >>> round(p_fit(Estimate(90, 100, 110, "B", FITTED), 110), 2)
+    >>> round(p_fit(Estimate(90, 100, 110, "B", "fitted"), 110), 2)
     0.95
     """
     if capacity_bytes <= 0:
@@ -522,97 +515,6 @@ def p_fit(peak: Estimate, capacity_bytes: float) -> float:
     if spread == 0:
         return float(peak.value <= capacity_bytes)
     return 0.5 * (1 + erf((log(capacity_bytes) - middle) / spread / sqrt(2)))
-
-
-#: what a search may change, in the order in which it costs a user the least: (words, new keywords of `memory`)
-CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("checkpoint activations", {"checkpointing": "full"}),
-    ("compute the loss in chunks", {"loss": "chunked"}),
-    ("keep adapters in bfloat16", {"adapter_dtype": "bfloat16"}),
-    ("hold the optimizer states in 8 bits", {"optimizer": "adamw-8bit"}),
-    ("micro-batch 1", {"micro_batch": 1}),
-    ("hold the base in 4 bits (nf4)", {"base_dtype": "nf4"}),
-    ("halve the longest sample", {"seq_len": 0.5}),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One change, or a pair, that makes a step fit; `saves` bytes of the peak."""
-
-    words: str
-    saves: float
-    peak: Estimate
-    p_fit: float
-
-    def __str__(self) -> str:
-        return f"{self.words}: {gib(self.peak.value)}, P(fit) {self.p_fit:.2f}"
-
-
-def smallest_change_that_fits(
-    model: Model, method: Method, capacity: float, *, min_p_fit: float = 0.95, **step: Any
-) -> Change | None:
-    """The first single change of CHANGES that fits, else the first pair, else None.
-
-    `step`: the keywords of `memory` as they are now.
-    """
-    before = memory(model, method, **step).peak.value
-    singles = [(words, new) for words, new in CHANGES if _changes_something(new, method, step)]
-    pairs = [(f"{a} and {b}", x | y) for i, (a, x) in enumerate(singles) for b, y in singles[i + 1 :]]
-    for words, new in singles + pairs:
-        after = _changed(model, method, new, step, capacity)
-        if (after.p_fit or 0.0) >= min_p_fit:
-            return Change(words, before - after.peak.value, after.peak, after.p_fit or 0.0)
-    return None
-
-
-def _changes_something(new: dict[str, Any], method: Method, step: dict[str, Any]) -> bool:
-    if "adapter_dtype" in new or "base_dtype" in new:
-        key = next(iter(new))
-        return not method.is_full and getattr(method, key) != new[key]
-    return all(step.get(key) != value for key, value in new.items())
-
-
-def _changed(
-    model: Model, method: Method, new: dict[str, Any], step: dict[str, Any], capacity: float
-) -> MemoryPlan:
-    words = dict(step)
-    for key, value in new.items():
-        if key in ("adapter_dtype", "base_dtype"):
-            method = replace(method, **{key: value})
-        elif key == "seq_len":
-            words[key] = max(1, int(step[key] * value))
-        else:
-            words[key] = value
-    return memory(model, method, gpu_memory_bytes=capacity, **words)
-
-
-def largest_micro_batch(
-    model: Model, method: Method, capacity: float, *, min_p_fit: float = 0.95, most: int = 4096, **step: Any
-) -> int:
-    """The largest micro-batch that fits with this probability; 0 where not even one sample does.
-
-    The peak grows with the batch, so bisection finds it.
-    """
-
-    def fits(n: int) -> bool:
-        found = memory(model, method, micro_batch=n, gpu_memory_bytes=capacity, **step)
-        return (found.p_fit or 0.0) >= min_p_fit
-
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-#: a plan "fits" at this probability: the upper end of the 90 % interval is inside
-MIN_P_FIT = 0.95
-#: nobody trains on less than this much of a sample to save memory
-SHORTEST = 256
 
 
 def largest_micro_batch(
@@ -626,9 +528,7 @@ def largest_micro_batch(
     **options: Unpack[Options],
 ) -> int:
     """The largest micro-batch up to `limit` that fits; 0 where not even one sample does. By bisection."""
-    return _largest(
-        limit, lambda n: _fits(Run(model, method, n, seq_len, options), capacity_bytes, min_p_fit)
-    )
+    return _largest(limit, lambda n: _fits(Run(model, method, n, seq_len, options), capacity_bytes, min_p_fit))
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -650,9 +550,7 @@ class Run(NamedTuple):
     options: Options
 
     def plan(self) -> MemoryPlan:
-        return memory(
-            self.model, self.method, micro_batch=self.micro_batch, seq_len=self.seq_len, **self.options
-        )
+        return memory(self.model, self.method, micro_batch=self.micro_batch, seq_len=self.seq_len, **self.options)
 
     def having(self, options: Options) -> Run:
         return self._replace(options={**self.options, **options})
@@ -703,9 +601,7 @@ def _nf4(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
     m = run.method
     if m.is_full or m.base_dtype in QUANTISED_BITS:
         return None
-    return "nf4 base", run._replace(
-        method=replace(m, name="qlora" if m.name == "lora" else m.name, base_dtype="nf4")
-    )
+    return "nf4 base", run._replace(method=replace(m, name="qlora" if m.name == "lora" else m.name, base_dtype="nf4"))
 
 
 def _bf16_adapter(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:

@@ -87,6 +87,9 @@ def recommend(job: Job) -> Advice:
     chosen = [found for _, found in feasible]
     plan = make_plan(job, chosen[0].configuration, batch) if chosen else None
     other = next((p for p in chosen if _kind(p) != _kind(chosen[0])), None)
+    # what could not be done at all says more than another way to cut up a step that can
+    possible = {_kind(found) for found in chosen}
+    refused = next((r for _, r in rejected if _kind(r.priced) not in possible), rejected[0][1] if rejected else None)
     advice = Advice(
         job,
         need,
@@ -94,7 +97,7 @@ def recommend(job: Job) -> Advice:
         batch,
         plan,
         make_plan(job, other.configuration, batch) if other else None,
-        rejected[0][1] if rejected else None,
+        refused,
         len(feasible) + len(rejected),
         Counter(refusal.code for _, refusal in rejected),
     )

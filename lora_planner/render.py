@@ -33,14 +33,20 @@ def one_line(text: str) -> str:
 
 
 def interval(e: Estimate, form: Any) -> str:
-    """Value with its interval; the interval alone tells how sure it is, so exact numbers have none.
+    """Value with its interval; an exact number has none. A unit that all three share is said once.
 
     >>> interval(Estimate(1, 2, 3, "USD", "fitted"), units.usd), interval(Estimate(2, 2, 2, "USD", "exact"), units.usd)
     ('$2.00 [$1.00, $3.00]', '$2.00')
+    >>> interval(Estimate(60, 90, 300, "s", "fitted"), units.duration)
+    '1.5 min [1, 5]'
     """
-    if e.low == e.value == e.high:
-        return str(form(e.value))
-    return f"{form(e.value)} [{form(e.low)}, {form(e.high)}]"
+    low, value, high = str(form(e.low)), str(form(e.value)), str(form(e.high))
+    if low == value == high:
+        return value
+    unit = value.rpartition(" ")[2]
+    if " " in value and low.endswith(" " + unit) and high.endswith(" " + unit):
+        low, high = low.removesuffix(" " + unit), high.removesuffix(" " + unit)
+    return f"{value} [{low}, {high}]"
 
 
 FORMS = {
@@ -311,6 +317,11 @@ def _dim(text: str) -> tuple[str, str]:
     return text, "dim"
 
 
+def _basis(text: str) -> tuple[str, str]:
+    """What kind of number stands before it."""
+    return f"({text})", "dim"
+
+
 def method_line(p: Priced) -> str:
     """ "LoRA r16, all-linear" """
     m = p.configuration.method
@@ -327,7 +338,7 @@ def _recipe(p: Priced) -> list[Any]:
         return [_text(("full fine-tuning", "bold green"), f", all {units.count(p.trainable)} parameters")]
     rows = [
         _text((method_line(p), "bold green"), f"  alpha {m.alpha:g}, scale {m.scaling:g}"),
-        _text(f"{p.trainable:,} trained ({share}), adapter file {units.gib(p.file_bytes)} ", _dim("exact")),
+        _text(f"{p.trainable:,} trained ({share}), adapter file {units.gib(p.file_bytes)} ", _basis("exact")),
     ]
     if c.model.active != c.model.total:
         rows.append(_text(f"experts: {m.experts}"))
@@ -340,7 +351,7 @@ def _memory_lines(p: Priced) -> list[Any]:
     peak, p_fit = p.memory.peak, p.p_fit or 0.0
     word = ("yes", "bold green") if p_fit >= 0.95 else ("maybe", "bold yellow") if p_fit >= 0.5 else ("no", "bold red")
     line = _text(word, f", P {p_fit:.2f}: peak {interval(peak, units.gib)} of {units.gib(c.gpu.memory_bytes)} ",
-                 _dim(f"{peak.basis}, {p.memory.peak_phase}"))  # fmt: skip
+                 _basis(f"{peak.basis}, {p.memory.peak_phase}"))  # fmt: skip
     return [line, memory_bar(p), _text(_dim(_largest(p)))]
 
 
@@ -385,7 +396,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     recipe = _recipe(p)
     rows.append(("run", recipe[0]))
     rows += [("", line) for line in recipe[1:]]
-    rows.append(("", _text(f"LR {interval(lr.lr, units.rate)} ", _dim(lr.lr.basis), f", {lr.schedule.split(' (')[0]}")))
+    rows.append(("", _text(f"LR {interval(lr.lr, units.rate)} ", _basis(lr.lr.basis), f", {lr.schedule.split(' (')[0]}")))
     if not c.method.is_full:
         rows.append(("", _text(_dim(f"full fine-tuning would want {interval(lr.full_lr, units.rate)}"))))
     rows.append(("", _text(f"batch {a.effective} = {c.micro_batch} x {a.steps}, {plan.steps:,.0f} steps, "
@@ -394,11 +405,11 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     rows.append(("fits", fits[0]))
     rows += [("", line) for line in fits[1:]]
     rows.append(("time", _text(f"{interval(p.run_s, units.duration)}, {units.count(p.tokens_per_s.value)} tokens/s, "
-                               f"step {units.duration(p.step_s.value)} ", _dim(f"{p.run_s.basis}, stack {c.stack}"))))  # fmt: skip
+                               f"step {units.duration(p.step_s.value)} ", _basis(f"{p.run_s.basis}, stack {c.stack}"))))  # fmt: skip
     rows.append(("cost", _cost_line(p)))
     rows.append(("capacity", _capacity_line(plan)))
     if not c.method.is_full:
-        rows.append(("loss", _text(f"{interval(plan.penalty, units.percent)} above the best choice ", _dim(plan.penalty.basis))))
+        rows.append(("loss", _text(f"{interval(plan.penalty, units.percent)} above full fine-tuning, predicted ", _basis(plan.penalty.basis))))
     return rows
 
 
@@ -408,7 +419,7 @@ def _cost_line(p: Priced) -> Any:
     row = p.cost.cheapest
     old = f", {p.cost.stale} of {len(p.cost.rows)} prices are stale" if p.cost.stale else ""
     return _text(f"{interval(p.cost.usd, units.usd)}; cheapest {units.usd(p.cost.cheapest_usd.value)} at {row.provider}, "
-                 f"{row.usd_per_gpu_hour:g}/h as of {row.as_of} ", _dim(p.cost.usd.basis + old))  # fmt: skip
+                 f"{row.usd_per_gpu_hour:g}/h as of {row.as_of} ", _basis(p.cost.usd.basis + old))  # fmt: skip
 
 
 STYLE = {"surely fits": "green", "contested": "yellow", "surely over": "red"}
@@ -420,7 +431,7 @@ def _capacity_line(plan: Plan) -> Any:
     v = plan.verdict
     return _text((v.verdict, STYLE[v.verdict]), f": {interval(v.need, units.bits)} to learn at most, "
                  f"the adapter holds {units.bits(v.capacity.low)} to {units.bits(v.capacity.high)} ",
-                 _dim(f"{v.need.basis}; {len(v.judgements)} sources"))  # fmt: skip
+                 _basis(f"{v.need.basis}; {len(v.judgements)} sources"))  # fmt: skip
 
 
 def _data_rows(advice: Advice) -> list[tuple[str, Any]]:
@@ -428,7 +439,7 @@ def _data_rows(advice: Advice) -> list[tuple[str, Any]]:
     name = one_line(Path(data.path).name) if data.path else "a number of tokens"
     rows: list[tuple[str, Any]] = []
     first = _text(f"{name}: {data.examples:,} examples, {interval(data.tokens, units.count)} tokens, "
-                  f"{interval(data.trained_tokens, units.count)} trained ", _dim(data.basis))  # fmt: skip
+                  f"{interval(data.trained_tokens, units.count)} trained ", _basis(data.basis))  # fmt: skip
     rows.append(("data", first))
     if data.path:
         rows.append(("", _text(f"lengths p50 {data.p50}, p90 {data.p90}, p99 {data.p99}, longest {data.longest} "
@@ -456,7 +467,7 @@ def show_advice(advice: Advice) -> None:
     model = job.model
     rows: list[tuple[str, Any]] = [("model", _text((one_line(model.name), "bold"), f"  {model.total:,} parameters"
         + (f", {model.active:,} active" if model.active != model.total else "") + f", {model.layers} layers ",
-        _dim("exact")))]  # fmt: skip
+        _basis("exact")))]  # fmt: skip
     rows += _data_rows(advice)
     if advice.plan:
         assert advice.plan.configuration.gpu
@@ -506,18 +517,18 @@ def show_estimate(p: Priced) -> None:
     """One explicit configuration on a terminal."""
     console, c = _console(), p.configuration
     rows: list[tuple[str, Any]] = [("model", _text((one_line(c.model.name), "bold"), f"  {c.model.total:,} parameters, "
-                                                   f"{c.model.active:,} active ", _dim("exact")))]  # fmt: skip
+                                                   f"{c.model.active:,} active ", _basis("exact")))]  # fmt: skip
     recipe = _recipe(p)
     rows += [("run" if i == 0 else "", line) for i, line in enumerate(recipe)]
     train = p.train()
     rows.append(("flops", _text(f"{units.flops(p.forward().total)} forward, {units.flops(train.total)} training a token at "
-                                f"{c.seq_len} ", _dim(train.basis))))  # fmt: skip
+                                f"{c.seq_len} ", _basis(train.basis))))  # fmt: skip
     if c.gpu and p.memory and p.step_s and p.tokens_per_s and p.run_s:
         rows.append(("gpu", _text(c.gpu.name)))
         fits = _memory_lines(p)
         rows += [("fits" if i == 0 else "", line) for i, line in enumerate(fits)]
         rows.append(("time", _text(f"step {interval(p.step_s, units.duration)}, "
-                                   f"{interval(p.tokens_per_s, units.count)} tokens/s ", _dim(p.step_s.basis))))  # fmt: skip
+                                   f"{interval(p.tokens_per_s, units.count)} tokens/s ", _basis(p.step_s.basis))))  # fmt: skip
         if p.run_tokens:
             rows.append(("run", _text(f"{interval(p.run_s, units.duration)} for {units.count(p.run_tokens)} tokens")))
             rows.append(("cost", _cost_line(p)))

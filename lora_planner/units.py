@@ -17,8 +17,9 @@ def gib(n: float) -> str:
     >>> gib(18.4 * GIB), gib(5 * MIB), gib(750 * GIB)
     ('18.4 GiB', '5.0 MiB', '750 GiB')
     """
-    if abs(n) < 0.1 * GIB:
-        return f"{n / MIB:.1f} MiB" if n >= 1024 else f"{n:.0f} B"
+    if abs(n) < GIB:
+        digits = 0 if abs(n) >= 100 * MIB else 1
+        return f"{n / MIB:.{digits}f} MiB" if abs(n) >= 1024 else f"{n:.0f} B"
     return f"{n / GIB:.0f} GiB" if abs(n) >= 200 * GIB else f"{n / GIB:.1f} GiB"
 
 
