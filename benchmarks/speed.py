@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-from lora_planner.checkpoint import load_model
+from lora_planner.model_source import load_model
 from lora_planner.facts import gpu
 from lora_planner.method import method
-from lora_planner.plan import Configuration, price
+from lora_planner.plan import Configuration, PriceBook, price
 
 ROOT = Path(__file__).parents[1]
 RECOMMEND = [
@@ -49,7 +49,7 @@ def spread(times: list[float], unit: float = 1.0) -> str:
 def sweep(size: int = 10_000) -> tuple[int, float, float]:
     """(plans, seconds of the first pass, seconds of a second one with warm tables)."""
     model = load_model("qwen3-8b")
-    gpus = [gpu(n) for n in ("h100-sxm-80gb", "a100-sxm-80gb", "l40s-48gb", "rtx-4090-24gb", "h200-sxm-141gb")]
+    gpus = [gpu(n) for n in ("h100-sxm-80gb", "a100-sxm-80gb", "l40s-48gb", "rtx4090-24gb", "h200-sxm-141gb")]
     methods = [
         method(name, rank, targets=(targets,))
         for name in ("lora", "qlora", "rslora", "dora", "lora-fa")
@@ -61,11 +61,11 @@ def sweep(size: int = 10_000) -> tuple[int, float, float]:
         Configuration(model, m, gpu=g, micro_batch=b, seq_len=s, checkpointing=c)
         for m, b, g, c, s in itertools.islice(cells, size)
     ]
-    passes = []
+    book, passes = PriceBook.load(), []
     for _ in range(2):
         start = time.perf_counter()
         for configuration in todo:
-            price(configuration)
+            price(configuration, book)
         passes.append(time.perf_counter() - start)
     return len(todo), passes[0], passes[1]
 

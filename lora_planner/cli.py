@@ -110,7 +110,7 @@ def recommend(as_json: bool, **words: Any) -> None:
     """Search methods, ranks, batches and GPUs for the plan to run.
 
     \b
-    lora-plan recommend --model qwen3-8b --tokens 10M --gpu h100-sxm-80gb,rtx-4090 --budget 50
+    lora-plan recommend --model qwen3-8b --tokens 10M --gpu h100-sxm-80gb,rtx4090-24gb --budget 50
     """
     from lora_planner import render
     from lora_planner.recommend import recommend as search
@@ -131,7 +131,7 @@ def estimate(as_json: bool, batch_file: str | None, **words: Any) -> None:
     """Price one explicit configuration; search nothing.
 
     \b
-    lora-plan estimate --model llama-3.1-8b --method lora --rank 16 --gpu rtx-4090 \\
+    lora-plan estimate --model llama-3.1-8b --method lora --rank 16 --gpu rtx4090-24gb \\
         --micro-batch 1 --seq-len 2048 --checkpointing full --json
     """
     from lora_planner import render

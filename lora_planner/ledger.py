@@ -65,12 +65,16 @@ class Term:
 
 @dataclass(slots=True)
 class Ledger:
-    """Terms of one quantity and the convention under which they were counted."""
+    """Terms of one quantity and the convention under which they were counted.
+
+    `adds`: False where each line is a number of its own (one price row, one source).
+    """
 
     quantity: str
     unit: str
     terms: list[Term]
     convention: str = ""
+    adds: bool = True
 
     @property
     def total(self) -> float:

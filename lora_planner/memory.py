@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
-from math import ceil, erf, log, sqrt
+from math import ceil, erf, hypot, log, sqrt
 from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
 
@@ -40,15 +40,14 @@ LOSS = ("full", "chunked")
 FULL_PRECISION = ("mixed", "bf16")
 #: a plan that is called fitting: the 95 % end of its interval is inside the memory
 MIN_P_FIT = 0.95
-#: a max length below this is no answer to "what would fit"
-SHORTEST = 256
+#: a max length below this share of the present one is no answer to "what would fit"
+SHORTEST = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """Bytes per trainable parameter: `states` for a parameter of 1 byte a dtype byte, or fixed.
+    """Per trainable parameter: states in its own dtype (m and v: 2), and `fixed` bytes of other states.
 
-    `per_dtype_byte`: states in the parameter's own dtype (m and v: 2). `fixed`: states of a size of their own.
     `temporary`: parameter-sized temporaries while it steps.
     """
 
@@ -210,7 +209,7 @@ class Shape:
     head: float
     late: float  # bytes of gradients that come after the last layer's activations are gone
     summed: float  # bytes of temporaries while the two gradients of a tied embedding are added
-    ratio: str  # the constant that holds the interval of this kind of model
+    scans: bool
     warnings: tuple[str, ...]
 
 
@@ -264,7 +263,7 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
         head=activations.head(model, method, setup),
         late=late,
         summed=summed,
-        ratio="peak_ratio_hybrid" if scans else "peak_ratio",
+        scans=scans,
         warnings=tuple(warnings),
     )
 
@@ -416,60 +415,54 @@ WHY = {
 
 
 def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> MemoryPlan:
-    """Add what the GPU takes besides tensors, and the interval that held-out measurements leave."""
+    """Add what the GPU takes besides tensors, and the interval that measurements leave."""
     known = constants()
-    context, slack, rest = known["cuda_context_bytes"], known["allocator_fraction"], known["unexplained"]
-    workspace = known["workspace_bytes"]
-    ledgers = {}
-    sums = {}
+    ledgers, allocated = {}, {}
     for name, terms in phases.items():
         tensors = _sum(terms)
-        moving = tensors - s.base  # what is allocated and freed again
-        terms = [
-            *terms,
-            Term(
-                "allocator",
-                slack.value * moving,
-                slack.basis,
-                "memory.constants",
-                slack.low * moving,
-                slack.high * moving,
-            ),
-            Term(
-                "workspace",
-                workspace.value,
-                workspace.basis,
-                "memory.constants",
-                workspace.low,
-                workspace.high,
-            ),
-            Term(
-                "unexplained",
-                rest.value * tensors,
-                rest.basis,
-                "memory.constants",
-                rest.low * tensors,
-                rest.high * tensors,
-            ),
-            Term("CUDA context", context.value, context.basis, "memory.constants", context.low, context.high),
+        beside = [
+            _fitted("allocator", known["allocator_fraction"], tensors - s.base),  # of what comes and goes
+            _fitted("workspace", known["workspace_bytes"]),
+            _fitted("unexplained", known["unexplained"], tensors),
+            _fitted("CUDA context", known["cuda_context_bytes"]),
         ]
-        ledgers[name] = Ledger("memory", "B", terms, f"one GPU, {name}")
-        sums[name] = tensors
+        ledgers[name] = Ledger("memory", "B", terms + beside, f"one GPU, {name}")
+        allocated[name] = tensors
     peak_phase = max(ledgers, key=lambda name: ledgers[name].total)
-    peak = ledgers[peak_phase].estimate()
-    ratio = known[s.ratio]
-    peak = replace(
-        peak, low=peak.value * ratio.low, high=peak.value * ratio.high, basis=ratio.basis, source=ratio.source
-    )
+    peak = interval(ledgers[peak_phase].total, s.base, s.scans)
     return MemoryPlan(
         phases=ledgers,
         peak_phase=peak_phase,
         peak=peak,
         dominating=ledgers[peak_phase].largest(),
-        allocated=sums[peak_phase],
+        allocated=allocated[peak_phase],
         p_fit=None if capacity is None else p_fit(peak, capacity),
         warnings=s.warnings,
     )
+
+
+def _fitted(name: str, c: Constant, of: float = 1.0) -> Term:
+    return Term(name, c.value * of, c.basis, "memory.constants", c.low * of, c.high * of)
+
+
+def interval(peak: float, base: float, scans: bool) -> Estimate:
+    """The 90 % interval of a peak.
+
+        low  = max(base, peak * peak_ratio.low)
+        high = peak * peak_ratio.high
+
+    peak_ratio: measured over predicted, on sources that no other constant was fitted on. Models with
+    state-space layers add, in quadrature, `peak_ratio_hybrid` of all that is not the base's weights.
+    """
+    known = constants()
+    ratio = known["peak_ratio"]
+    below, above, basis = peak * (1 - ratio.low), peak * (ratio.high - 1), ratio.basis
+    if scans:
+        hybrid = known["peak_ratio_hybrid"]
+        below = hypot(below, (peak - base) * (1 - hybrid.low))
+        above = hypot(above, (peak - base) * (hybrid.high - 1))
+        basis = hybrid.basis
+    return Estimate(max(base, peak - below), peak, peak + above, "B", basis, ratio.source)
 
 
 def _check(
@@ -594,7 +587,7 @@ def _smaller_batch(run: Run, capacity: float, sure: float) -> tuple[str, Run] | 
 
 def _shorter(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
     n = _largest(run.seq_len - 1, lambda n: _fits(run._replace(seq_len=n), capacity, sure)) // 64 * 64
-    return (f"max length {n}", run._replace(seq_len=n)) if n >= SHORTEST else None
+    return (f"max length {n}", run._replace(seq_len=n)) if n >= SHORTEST * run.seq_len else None
 
 
 def _nf4(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:

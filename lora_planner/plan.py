@@ -88,6 +88,18 @@ class Priced:
         c = self.configuration
         return flops.train(c.model, c.method, c.seq_len, c.attention, c.checkpointing, c.micro_batch)
 
+    def flop_ratio(self) -> float:
+        """Training FLOP of this method over those of full fine-tuning."""
+        c = self.configuration
+        return flops.lora_to_full_ratio(c.model, c.method, c.seq_len, c.attention, c.checkpointing, c.micro_batch)
+
+    def break_even_rank(self) -> float | None:
+        """The rank at which the ratio is 1; None for full fine-tuning."""
+        c = self.configuration
+        if c.method.is_full:
+            return None
+        return flops.break_even_rank(c.model, c.method, c.seq_len, c.attention, c.checkpointing, c.micro_batch)
+
 
 @lru_cache(maxsize=256)
 def _stack(name: str, gpu_name: str) -> Stack:
@@ -303,7 +315,7 @@ def explain(quantity: str, plan: Plan) -> Ledger:
             Term("samples relative to batch 32", extra.value, extra.basis, "batch.extra_samples", extra.low, extra.high,
                  extra.source),
         ]  # fmt: skip
-        return Ledger("batch", "", terms, "each line is a number of its own; they do not add up")
+        return Ledger("batch", "", terms, "each line is a number of its own", adds=False)
     close = nearest(quantity, QUANTITIES, 1)
     raise UnknownName(
         f"nothing to explain about {quantity!r} here", "explain",
@@ -318,7 +330,7 @@ def _cost_terms(bill: Cost, run: Estimate) -> Ledger:
              f"{row.usd_per_gpu_hour:g} USD/h as of {row.as_of}, {row.source}")
         for row in bill.rows
     ]  # fmt: skip
-    return Ledger("cost", "USD", terms, "one line a price row; the bill is one of them, not their sum")
+    return Ledger("cost", "USD", terms, "one line a price row; the bill is one of them", adds=False)
 
 
 def _capacity_terms(verdict: capacity.Verdict) -> Ledger:
@@ -328,7 +340,7 @@ def _capacity_terms(verdict: capacity.Verdict) -> Ledger:
              f"{j.source.regime}; {j.source.source}")
         for j in verdict.judgements
     ]  # fmt: skip
-    return Ledger("capacity", "", terms, f"verdict: {verdict.verdict}; one line a source, each in its own unit")
+    return Ledger("capacity", "", terms, f"verdict: {verdict.verdict}; one line a source, each in its own unit", adds=False)
 
 
 def _lr_terms(plan: Plan) -> Ledger:
@@ -339,4 +351,4 @@ def _lr_terms(plan: Plan) -> Ledger:
         Term("full fine-tuning", full.value, full.basis, "learning_rate.full_lr", full.low, full.high, full.source),
     ]  # fmt: skip
     convention = f"alpha {plan.lr.alpha:g}, {plan.lr.scaling} = {plan.lr.scale:g}; {plan.lr.schedule}"
-    return Ledger("learning-rate", "", terms, convention)
+    return Ledger("learning-rate", "", terms, convention, adds=False)

@@ -108,10 +108,9 @@ def recommend(job: Job) -> Advice:
 
 
 def candidates(job: Job, rank: int, batch: int) -> Iterator[Configuration]:
-    """Every configuration worth a price: the recommended rank and its servable neighbours."""
-    ladder = capacity.SERVABLE_RANKS
-    at = ladder.index(rank)
-    ranks = ladder[max(0, at - 1) : at + 2]
+    """Every configuration worth a price: the recommended rank, and the next one that servers take."""
+    at = capacity.SERVABLE_RANKS.index(rank)
+    ranks = capacity.SERVABLE_RANKS[at : at + 2]
     longest = job.longest
     seen: set[Method] = set()
     for name, targets, r in product(METHODS, TARGETS, ranks):
@@ -125,7 +124,7 @@ def candidates(job: Job, rank: int, batch: int) -> Iterator[Configuration]:
         seen.add(chosen)
         for gpu, micro, checkpointing in product(job.gpus, MICRO_BATCHES, ("none", "full")):
             if micro > batch:
-                break
+                continue
             yield Configuration(
                 job.model,
                 chosen,

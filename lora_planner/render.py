@@ -98,7 +98,8 @@ def _function(why: str) -> tuple[str, Any]:
         path = "lora_planner/" + "/".join(parts[:cut]) + ".py"
         for name in parts[cut:]:
             found = getattr(found, name, None)
-        return path, found
+        # a property is where its function is
+        return path, getattr(found, "fget", None) or getattr(found, "func", None) or found
     return why, None
 
 
@@ -150,7 +151,7 @@ def ledger_object(ledger: Ledger) -> dict[str, Any]:
     return {
         "quantity": ledger.quantity,
         "unit": ledger.unit,
-        "total": ledger.total,
+        "total": ledger.total if ledger.adds else None,
         "basis": ledger.basis,
         "convention": ledger.convention,
         "terms": [term_object(term) for term in ledger.terms],
@@ -185,6 +186,7 @@ def priced_object(p: Priced) -> dict[str, Any]:
         "params": {"total": model.total, "active": model.active, "trainable": p.trainable, "stored": p.stored,
                    "file_bytes": p.file_bytes, "groups": dict(model.groups)},
         "flops": {"forward_per_token": forward.total, "train_per_token": train.total,
+                  "ratio_to_full": p.flop_ratio(), "break_even_rank": p.break_even_rank(),
                   "forward": ledger_object(forward), "train": ledger_object(train)},
     }  # fmt: skip
     result["groups"] = result["params"]["groups"]
@@ -407,10 +409,19 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     rows.append(("time", _text(f"{interval(p.run_s, units.duration)}, {units.count(p.tokens_per_s.value)} tokens/s, "
                                f"step {units.duration(p.step_s.value)} ", _basis(f"{p.run_s.basis}, stack {c.stack}"))))  # fmt: skip
     rows.append(("cost", _cost_line(p)))
+    rows.append(("flops", _flops_line(p)))
     rows.append(("capacity", _capacity_line(plan)))
     if not c.method.is_full:
         rows.append(("loss", _text(f"{interval(plan.penalty, units.percent)} above full fine-tuning, predicted ", _basis(plan.penalty.basis))))
     return rows
+
+
+def _flops_line(p: Priced) -> Any:
+    """Work a token; for LoRA its share of full fine-tuning's and the rank at which it would cost as much."""
+    train, at = p.train(), p.break_even_rank()
+    share = f", {p.flop_ratio():.3f} of full fine-tuning (equal at rank {at:.0f})" if at else ""
+    return _text(f"{units.flops(p.forward().total)} forward, {units.flops(train.total)} training a token{share} ",
+                 _basis(train.basis))  # fmt: skip
 
 
 def _cost_line(p: Priced) -> Any:
@@ -520,9 +531,7 @@ def show_estimate(p: Priced) -> None:
                                                    f"{c.model.active:,} active ", _basis("exact")))]  # fmt: skip
     recipe = _recipe(p)
     rows += [("run" if i == 0 else "", line) for i, line in enumerate(recipe)]
-    train = p.train()
-    rows.append(("flops", _text(f"{units.flops(p.forward().total)} forward, {units.flops(train.total)} training a token at "
-                                f"{c.seq_len} ", _basis(train.basis))))  # fmt: skip
+    rows.append(("flops", _flops_line(p)))
     if c.gpu and p.memory and p.step_s and p.tokens_per_s and p.run_s:
         rows.append(("gpu", _text(c.gpu.name)))
         fits = _memory_lines(p)
@@ -542,23 +551,29 @@ def show_explanation(ledger: Ledger) -> None:
 
     console = _console()
     console.print(_text((ledger.quantity, "bold"), f"  {ledger.convention}"))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("term")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("basis", no_wrap=True)
-    table.add_column("where, source", overflow="fold")
+    table.add_column("where, source", overflow="fold", ratio=1)
     for term in ledger.terms:
         value = shown(term.value, ledger.unit)
         if term.low is not None and term.high is not None:
             value += f"\n[{shown(term.low, ledger.unit)}, {shown(term.high, ledger.unit)}]"
         table.add_row(_text(term.name), _text(value), term.basis, _text(_why(term)))
     console.print(table)
-    if ledger.unit:
+    if ledger.adds:
         console.print(_text("total ", (shown(ledger.total, ledger.unit), "bold"), f" {ledger.basis}"))
 
 
 def _why(term: Term) -> str:
     return "\n".join(line for line in (place(term.why), source_of(term.why), one_line(term.note)) if line)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return units.count(value)
+    return "" if value is None else one_line(str(value))
 
 
 def show_rows(title: str, rows: Sequence[Any]) -> None:
@@ -568,9 +583,9 @@ def show_rows(title: str, rows: Sequence[Any]) -> None:
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     records = [plain(row) for row in rows]
-    for heading in records[0]:
-        table.add_column(heading, overflow="fold")
+    for i, heading in enumerate(records[0]):
+        table.add_column(heading, overflow="fold", no_wrap=i == 0)
     for record in records:
-        table.add_row(*(_text(one_line(str(value))) for value in record.values()))
+        table.add_row(*(_text(_cell(value)) for value in record.values()))
     console.print(table)
     console.print(_text(_dim(f"{len(records)} {title}")))
