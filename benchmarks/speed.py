@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from lora_planner.model_source import load_model
 from lora_planner.facts import gpu
 from lora_planner.method import method
+from lora_planner.model_source import load_model
 from lora_planner.plan import Configuration, PriceBook, price
 
 ROOT = Path(__file__).parents[1]

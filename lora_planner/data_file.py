@@ -14,19 +14,19 @@ import os
 import re
 import stat
 from array import array
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import lru_cache
 from importlib import import_module
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lora_planner.data_rows import COLUMNS, RENDERED, BadRow, Piece, pieces_of
 from lora_planner.errors import BadInput, EnvironmentMissing, UsageError
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term, exact
+from lora_planner.lengths import Histogram, clipped, expected_longest, kept_tokens, packed_rows, percentile
 
 LONGEST_LINE = 64 * 1024**2  # bytes; a longer line is a bad row, and is never held in memory
 LONGEST_TOKENIZER = 128 * 1024**2  # bytes; the largest in use are near 35 MB
@@ -36,8 +36,6 @@ MOST_TOKENS = 10**18
 
 #: low, value, high
 Range = tuple[float, float, float]
-#: (length in tokens, examples of this length), ascending
-Histogram = tuple[tuple[int, int], ...]
 
 # fmt: off
 #: UTF-8 bytes per token of the vocabularies of 100k to 260k in use since 2023
@@ -110,91 +108,6 @@ def parse_token_count(text: str) -> int:
     if number != int(number) or not 1 <= number <= MOST_TOKENS:
         raise BadInput(f"{text[:40]!r} is not a whole number of tokens from 1 to 10^18", "--tokens")
     return int(number)
-
-
-def percentile(histogram: Histogram, share: float) -> int:
-    """The smallest length that at least this share of the examples does not exceed.        [tokens]
-
-    >>> percentile(((10, 9), (500, 1)), 0.9), percentile(((10, 9), (500, 1)), 0.91)
-    (10, 500)
-    """
-    needed = share * sum(count for _, count in histogram)
-    reached = accumulate(count for _, count in histogram)
-    return next(length for (length, _), n in zip(histogram, reached, strict=True) if n >= needed - 1e-9)
-
-
-def clipped(histogram: Histogram, max_length: int | None) -> Histogram:
-    """Lengths after truncation.
-
-    >>> clipped(((10, 3), (20, 2), (30, 1)), 15)
-    ((10, 3), (15, 3))
-    """
-    if max_length is None:
-        return histogram
-    short = tuple(row for row in histogram if row[0] < max_length)
-    cut = sum(count for length, count in histogram if length >= max_length)
-    return (*short, (max_length, cut)) if cut else short
-
-
-def expected_longest(histogram: Histogram, batch: int) -> float:
-    """Mean length of the longest of `batch` examples drawn without replacement.
-
-        sum_l l * (C(n_l, b) - C(n_{l-1}, b)) / C(n, b)        [tokens]
-
-    n_l: examples no longer than l. It does not depend on the order of the file, as a shuffled epoch
-    does not. With fewer examples than `batch`, all of them are one batch.
-
-    >>> expected_longest(((1, 1), (3, 1)), batch=1), expected_longest(((1, 1), (3, 1)), batch=2)
-    (2.0, 3.0)
-    """
-    examples = sum(count for _, count in histogram)
-    batch = min(batch, examples)
-    longest = seen = 0.0
-    below = 0.0
-    for length, count in histogram:
-        seen += count
-        within = 1.0  # chance that a batch has nothing longer than this
-        for drawn in range(batch):
-            within *= max(seen - drawn, 0) / (examples - drawn)
-        longest += length * (within - below)
-        below = within
-    return longest
-
-
-def packed_rows(histogram: Histogram, capacity: int) -> int:
-    """Rows of `capacity` tokens that hold all examples, by best-fit decreasing.
-
-    Longest first, each into the fullest row that still has room. Equal lengths go together, so that
-    millions of examples cost no more than their distinct lengths.
-    Source: what TRL calls packing_strategy="bfd"; Johnson 1973, near-optimal bin packing.
-
-    >>> packed_rows(((3, 2), (5, 2)), 8), packed_rows(((3, 1), (5, 2)), 8)
-    (2, 2)
-    """
-    rows = 0
-    room: Counter[int] = Counter()  # free tokens -> rows with that much room
-    sizes: list[int] = []  # its keys, ascending
-    for length, left in reversed(clipped(histogram, capacity)):
-        while left:
-            at = bisect_left(sizes, length)
-            if at == len(sizes):
-                rows += (new := -(-left // (capacity // length)))
-                room[capacity] += new
-                sizes.append(capacity)
-            size = sizes[at]
-            # row after row: once touched, a row is the fullest that fits until it is full
-            each, available = size // length, room[size]
-            whole, rest = (available, 0) if left >= available * each else divmod(left, each)
-            left -= whole * each + rest
-            room[size] -= whole + (rest > 0)
-            if not room[size]:
-                del sizes[at]
-            for free, n in ((size - each * length, whole), (size - rest * length, int(rest > 0))):
-                if n and free:
-                    if not room[free]:
-                        insort(sizes, free)
-                    room[free] += n
-    return rows
 
 
 # --- the result -------------------------------------------------------------------------------
@@ -292,108 +205,6 @@ class DataFacts:
         )
 
 
-# --- rows -------------------------------------------------------------------------------------
-
-
-class _BadRow(ValueError):
-    """Why a row cannot be trained on; counted, never fatal alone."""
-
-
-#: role (for the template), text, trained on
-Piece = tuple[str, str, bool]
-
-ANSWERS = frozenset({"assistant", "gpt", "model", "chatgpt", "bot"})
-COLUMNS = (
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text",
-)  # fmt: skip
-#: what only a rendered template contains
-RENDERED = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]")
-
-
-def pieces_of(row: object) -> tuple[str, list[Piece], bool]:
-    """The schema of a row, its pieces of text in order, and whether a chat template wraps them.
-
-    Trained on: the assistant's turns of a chat, a completion, all of a plain text.
-
-    >>> pieces_of({"prompt": "2+2=", "completion": "4"})
-    ('prompt_completion', [('user', '2+2=', False), ('assistant', '4', True)], False)
-    """
-    if not isinstance(row, dict):
-        raise _BadRow(f"expected a JSON object, got {type(row).__name__}")
-    chat, get = True, row.get
-    if (messages := get("messages")) is not None:
-        schema, pieces = "messages", _turns(messages, "role", "content")
-    elif (turns := get("conversations")) is not None:
-        schema, pieces = "conversations", _turns(turns, "from", "value")
-    elif get("prompt") is not None and get("completion") is not None:
-        prompt, completion = row["prompt"], row["completion"]
-        schema, chat = "prompt_completion", isinstance(prompt, list)
-        if isinstance(completion, list) is not chat:
-            raise _BadRow("prompt and completion must both be strings or both be message lists")
-        if chat:
-            asked = [(role, text, False) for role, text, _ in _turns(prompt, "role", "content")]
-            pieces = asked + [(role, text, True) for role, text, _ in _turns(completion, "role", "content")]
-        else:
-            pieces = [("user", _text(prompt, "prompt"), False)]
-            pieces.append(("assistant", _text(completion, "completion"), True))
-    elif get("instruction") is not None and get("output") is not None:
-        question = _text(row["instruction"], "instruction")
-        if get("input"):
-            question += "\n\n" + _text(row["input"], "input")
-        answer = _text(row["output"], "output")
-        schema, pieces = "instruction", [("user", question, False), ("assistant", answer, True)]
-    elif get("text") is not None:
-        schema, chat, pieces = "text", False, [("text", _text(row["text"], "text"), True)]
-    else:
-        found = ", ".join(repr(str(key)[:30]) for key in list(row)[:5]) or "no keys"
-        raise _BadRow(f"unknown schema: {found}")
-    for _, text, trained in pieces:
-        if trained and text:
-            return schema, pieces, chat
-    if any(trained for _, _, trained in pieces):
-        raise _BadRow("nothing to train on: the text to learn is empty")
-    raise _BadRow("no assistant turn")
-
-
-def _turns(turns: object, role_key: str, text_key: str) -> list[Piece]:
-    if not isinstance(turns, list):
-        raise _BadRow(f"expected a list of messages, got {type(turns).__name__}")
-    pieces = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise _BadRow(f"expected a message object, got {type(turn).__name__}")
-        role, text = turn.get(role_key), turn.get(text_key)
-        if not isinstance(role, str) or not role.isascii():
-            raise _BadRow(f"a message without a {role_key!r} in plain letters")
-        if text.__class__ is not str:
-            text = _content(text, text_key)
-        if turn.get("tool_calls"):  # no two templates write them alike; their JSON is close
-            text += json.dumps(turn["tool_calls"], ensure_ascii=False, default=str)
-        trained = role in ANSWERS
-        pieces.append(("assistant" if trained else role, text, trained))
-    return pieces
-
-
-def _content(content: object, key: str) -> str:
-    """The text of a message's content: null beside tool calls, or a list of text parts."""
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        parts = []
-        for part in content:
-            if not isinstance(part, dict) or part.get("type", "text") != "text":
-                raise _BadRow(f"{key} holds a part that is not text: only text is counted")
-            parts.append(_text(part.get("text"), key))
-        return "".join(parts)
-    return _text(content, key)
-
-
-def _text(value: object, key: str) -> str:
-    if not isinstance(value, str):
-        raise _BadRow(f"{key}: expected text, got {type(value).__name__}")
-    return value
-
-
 # --- reading ----------------------------------------------------------------------------------
 
 
@@ -426,10 +237,10 @@ def _lines(stream: BinaryIO, longest: int) -> Iterator[tuple[int, bytes | None]]
 
 
 def _json_rows(stream: BinaryIO, longest: int) -> Iterator[tuple[int, object]]:
-    """Numbered rows of a JSON lines file; a _BadRow where a line is none."""
+    """Numbered rows of a JSON lines file; a BadRow where a line is none."""
     for number, line in _lines(stream, longest):
         if line is None:
-            yield number, _BadRow(f"line longer than {longest // 1024**2} MiB")
+            yield number, BadRow(f"line longer than {longest // 1024**2} MiB")
             continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -437,11 +248,11 @@ def _json_rows(stream: BinaryIO, longest: int) -> Iterator[tuple[int, object]]:
                 continue
             yield number, json.loads(text)
         except UnicodeDecodeError as error:
-            yield number, _BadRow(f"not UTF-8 at byte {error.start} of the line")
+            yield number, BadRow(f"not UTF-8 at byte {error.start} of the line")
         except json.JSONDecodeError as error:
-            yield number, _BadRow(f"not JSON: {error.msg} at column {error.colno}")
+            yield number, BadRow(f"not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError):  # an integer of 5,000 digits; 10,000 open brackets
-            yield number, _BadRow("not JSON that can be read: a number too long, or nested too deep")
+            yield number, BadRow("not JSON that can be read: a number too long, or nested too deep")
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[int, object]]:
@@ -715,20 +526,6 @@ class _Tally:
         return Estimate(total.low * share, kept, total.high * share, "tokens", basis, "data_file")
 
 
-def kept_tokens(spans: Iterable[tuple[float, bool]], max_length: int) -> int:
-    """Trained tokens among the first `max_length`.        [tokens]
-
-    >>> kept_tokens([(10, False), (20, True), (5, False), (20, True)], 40)
-    25
-    """
-    kept = at = 0.0
-    for n, trained in spans:
-        if trained:
-            kept += max(0.0, min(at + n, max_length) - at)
-        at += n
-    return int(kept)
-
-
 def read_data(
     path: str | os.PathLike[str], *, tokenizer: str | None = None, max_length: int | None = None
 ) -> DataFacts:
@@ -802,7 +599,7 @@ def _tally_rows(rows: Iterable[tuple[int, object]], tally: _Tally) -> None:
 
     for line, row in rows:
         try:
-            if isinstance(row, _BadRow):
+            if isinstance(row, BadRow):
                 raise row
             schema, pieces, chat = pieces_of(row)
             found = [text for _, text, _ in pieces]
@@ -813,7 +610,7 @@ def _tally_rows(rows: Iterable[tuple[int, object]], tally: _Tally) -> None:
         except UnicodeEncodeError:
             tally.add_bad(line, "a lone surrogate (half a character) in the text")
             continue
-        except _BadRow as bad:
+        except BadRow as bad:
             tally.add_bad(line, str(bad))
             continue
         batch.append((line, schema, pieces, chat))

@@ -9,10 +9,11 @@ from functools import lru_cache
 from lora_planner import batch as batches
 from lora_planner import capacity, flops, learning_rate
 from lora_planner.cost import Cost, cost
-from lora_planner.data_file import DataFacts, clipped, expected_longest
+from lora_planner.data_file import DataFacts
 from lora_planner.errors import BadInput, UnknownName, nearest
 from lora_planner.facts import Gpu, Price, gpu, prices
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
+from lora_planner.lengths import clipped, expected_longest
 from lora_planner.memory import MemoryPlan, memory
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import date
 from pathlib import Path
@@ -32,7 +32,7 @@ def one_line(text: str) -> str:
     return "".join(" " if c in "\n\t\r" else c if c.isprintable() else "?" for c in text)
 
 
-def interval(e: Estimate, form: Any) -> str:
+def interval(e: Estimate, form: Callable[[float], str]) -> str:
     """Value with its interval; an exact number has none. A unit that all three share is said once.
 
     >>> interval(Estimate(1, 2, 3, "USD", "fitted"), units.usd), interval(Estimate(2, 2, 2, "USD", "exact"), units.usd)
@@ -40,7 +40,7 @@ def interval(e: Estimate, form: Any) -> str:
     >>> interval(Estimate(60, 90, 300, "s", "fitted"), units.duration)
     '1.5 min [1, 5]'
     """
-    low, value, high = str(form(e.low)), str(form(e.value)), str(form(e.high))
+    low, value, high = form(e.low), form(e.value), form(e.high)
     if low == value == high:
         return value
     unit = value.rpartition(" ")[2]
@@ -49,7 +49,7 @@ def interval(e: Estimate, form: Any) -> str:
     return f"{value} [{low}, {high}]"
 
 
-FORMS = {
+FORMS: dict[str, Callable[[float], str]] = {
     "B": units.gib, "s": units.duration, "USD": units.usd, "FLOP/token": units.flops, "bit": units.bits,
     "params": lambda n: f"{n:,.0f}",
 }  # fmt: skip

@@ -18,17 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_planner import data_file
-from lora_planner.data_file import (
-    DataFacts,
-    clipped,
-    expected_longest,
-    packed_rows,
-    parse_token_count,
-    percentile,
-    read_data,
-)
+from lora_planner.data_file import DataFacts, parse_token_count, read_data
 from lora_planner.errors import BadInput, EnvironmentMissing, UsageError
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT
+from lora_planner.lengths import Histogram, clipped, expected_longest, packed_rows, percentile
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "stdlib-docs.jsonl"
@@ -179,7 +172,7 @@ def test_from_tokens() -> None:
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
-def histogram_of(values: list[int]) -> data_file.Histogram:
+def histogram_of(values: list[int]) -> Histogram:
     return tuple(sorted(Counter(values).items()))
 
 

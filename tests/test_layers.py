@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"units", "errors"},
     {"ledger"},
-    {"model", "facts", "data_file"},
+    {"model", "facts", "lengths", "data_rows"},
+    {"data_file"},
     {"arch"},
     {"checkpoint", "model_source", "method"},
     {"params"},

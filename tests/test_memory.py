@@ -358,14 +358,24 @@ def test_the_smallest_change_fits_and_says_what_it_saves() -> None:
     assert one.what == ("full checkpointing",)
     assert str(one).startswith("full checkpointing: ")
     assert one.saved_bytes == memory(m, method("lora"), **how).peak.value - one.peak.value
-    two = smallest_change_that_fits(m, method("lora"), 24 * GIB, **how)
+    two = smallest_change_that_fits(m, method("lora"), 34 * GIB, **how)
     assert two is not None
     assert len(two.what) == 2
-    assert p_fit(two.peak, 24 * GIB) >= 0.95
+    assert p_fit(two.peak, 34 * GIB) >= 0.95
     roomy = smallest_change_that_fits(m, method("lora"), 800 * GIB, **how)
     assert roomy is not None
     assert roomy.what == ()
     assert smallest_change_that_fits(m, method("lora"), 4 * GIB, **how) is None
+
+
+def test_state_space_layers_widen_the_interval_but_not_below_the_weights() -> None:
+    """Nothing measured: wide, labelled, and never less than what is surely there."""
+    plan = memory(model("granite-4.0-h-tiny"), method("lora"), micro_batch=1, seq_len=2048)
+    dense = memory(model("llama-3.2-1b"), method("lora"), micro_batch=1, seq_len=2048)
+    assert plan.peak.high / plan.peak.value > dense.peak.high / dense.peak.value
+    assert plan.peak.low >= plan.phases["load"]["weights"]
+    assert plan.peak.basis == "assumed"
+    assert any("state-space" in text for text in plan.warnings)
 
 
 @pytest.mark.parametrize(
