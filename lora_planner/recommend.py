@@ -90,6 +90,9 @@ def recommend(job: Job) -> Advice:
     # what could not be done at all says more than another way to cut up a step that can
     possible = {_kind(found) for found in chosen}
     refused = next((r for _, r in rejected if _kind(r.priced) not in possible), rejected[0][1] if rejected else None)
+    if refused and refused.code == NOFIT:  # shown as it came closest to fitting
+        same = [r for _, r in rejected if _kind(r.priced) == _kind(refused.priced)]
+        refused = max(same, key=lambda r: r.priced.p_fit or 0.0)
     advice = Advice(
         job,
         need,

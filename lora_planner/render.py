@@ -386,7 +386,7 @@ def memory_bar(p: Priced, width: int = 48) -> Any:
             legend.append((name, style))
     bar.append(empty * (width - used), "dim")
     for name, style in legend:
-        bar.append(f" {name}", style)
+        bar.append(f"  {full} {name}", style)
     return bar
 
 
@@ -399,8 +399,11 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     rows.append(("run", recipe[0]))
     rows += [("", line) for line in recipe[1:]]
     rows.append(("", _text(f"LR {interval(lr.lr, units.rate)} ", _basis(lr.lr.basis), f", {lr.schedule.split(' (')[0]}")))
+    if lr.labels:
+        rows.append(("", _text(("; ".join(lr.labels), "yellow"))))
     if not c.method.is_full:
-        rows.append(("", _text(_dim(f"full fine-tuning would want {interval(lr.full_lr, units.rate)}"))))
+        sweep = " ".join(units.rate(rate) for rate in lr.sweep)
+        rows.append(("", _text(_dim(f"worth a sweep: {sweep}; full fine-tuning would want {interval(lr.full_lr, units.rate)}"))))
     rows.append(("", _text(f"batch {a.effective} = {c.micro_batch} x {a.steps}, {plan.steps:,.0f} steps, "
                            f"checkpointing {c.checkpointing}, attention {c.attention}")))  # fmt: skip
     fits = _memory_lines(p)
