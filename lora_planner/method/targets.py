@@ -155,7 +155,9 @@ def _peft_names(model: Model, names: Iterable[str], rank: int) -> tuple[list[Ada
     """peft's suffix matching of a list of module names, its rewriting of expert names included."""
     rewritten = REWRITTEN.get(model.peft_experts, {})
     found: list[Adapter] = []
-    missed, moved, taken = [], set(), set()
+    missed: list[str] = []
+    moved: set[str] = set()
+    taken: set[int] = set()
     for name in names:
         leaf = name.rsplit(".", 1)[-1]
         if leaf in rewritten:
@@ -207,6 +209,7 @@ def _tinker(model: Model, method: Method) -> list[Adapter]:
             found.extend(_expert(row, model, replace(method, experts="shared-outer")))
             continue
         leaf = _leaf(row)
+        parts: tuple[int, ...]
         if leaf in ("q_b_proj", "kv_b_proj", "in_proj_a", "in_proj_b", "in_proj_ba"):
             continue
         scan = next((b.mixer for b in model.blocks if isinstance(b.mixer, Scan)), None)
