@@ -80,8 +80,15 @@ def main() -> None:
     rows.append((f"sweep of {plans:,} plans, first pass", "s", f"{cold:.3g}"))
     rows.append(("the same, second pass", "s", f"{warm:.3g}"))
     rows.append(("one full plan (second pass)", "µs", f"{warm / plans * 1e6:.3g}"))
-    lines = ["# Speed", "", f"{platform.machine()}, Python {platform.python_version()}; one run of "
-             "`python benchmarks/speed.py`; median [fastest, slowest].", "", "| what | unit | measured |", "|---|---|---|"]
+    lines = [
+        "# Speed",
+        "",
+        f"{platform.machine()}, Python {platform.python_version()}; one run of "
+        "`python benchmarks/speed.py`; median [fastest, slowest].",
+        "",
+        "| what | unit | measured |",
+        "|---|---|---|",
+    ]
     lines += [f"| {what} | {unit} | {value} |" for what, unit, value in rows]
     text = "\n".join(lines) + "\n"
     (ROOT / "reports/speed.md").write_text(text)

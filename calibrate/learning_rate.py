@@ -99,9 +99,7 @@ def read_cells() -> list[Cell]:
     cells = []
     for (model, r), by_lr in losses.items():
         ceiling = DIVERGED * min(min(v) for v in by_lr.values())
-        points = tuple(
-            (math.log(lr), float(np.mean(v))) for lr, v in sorted(by_lr.items()) if max(v) < ceiling
-        )
+        points = tuple((math.log(lr), float(np.mean(v))) for lr, v in sorted(by_lr.items()) if max(v) < ceiling)
         fact = facts[model]
         cells.append(
             Cell(model, FAMILIES[fact["model_type"]], float(fact["hidden_size"] or "nan"),
@@ -190,9 +188,7 @@ def left_out(
     family_sd: float = FAMILY_SD,
 ) -> list[float]:
     """ln LR predicted for every cell by the fit to all other groups."""
-    fits = {
-        g: fit_lr([c for c in cells if group(c) != g], features, family_sd) for g in {group(c) for c in cells}
-    }
+    fits = {g: fit_lr([c for c in cells if group(c) != g], features, family_sd) for g in {group(c) for c in cells}}
     return [predict_lr(fits[group(c)], c, features) for c in cells]
 
 

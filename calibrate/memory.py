@@ -59,7 +59,13 @@ def predicted(row: dict[str, str]) -> memory.MemoryPlan:
 
 def _row(name: str, value: float, low: float, high: float, basis: str, n: int, source: str) -> dict[str, object]:
     numbers = {"value": value, "low": low, "high": high}
-    return {"name": name, **{k: float(f"{v:.4g}") for k, v in numbers.items()}, "basis": basis, "n": n, "source": source}
+    return {
+        "name": name,
+        **{k: float(f"{v:.4g}") for k, v in numbers.items()},
+        "basis": basis,
+        "n": n,
+        "source": source,
+    }
 
 
 def _write(rows: list[dict[str, object]]) -> None:

@@ -75,9 +75,7 @@ def examples(library: Path) -> Iterator[dict[str, list[dict[str, str]]]]:
             if not SHORTEST <= len(answer) <= LONGEST or answer in seen:
                 continue
             seen.add(answer)
-            question = QUESTIONS[len(seen) % len(QUESTIONS)].format(
-                call=f"{module}.{name}({signature(node)})"
-            )
+            question = QUESTIONS[len(seen) % len(QUESTIONS)].format(call=f"{module}.{name}({signature(node)})")
             yield {
                 "messages": [
                     {"role": "user", "content": question},

@@ -76,9 +76,7 @@ def extra_samples(batch: float, seq_len: float = LAW_SEQ_LEN, reference: float =
     _check(batch)
     _check(reference)
     if not 0 < seq_len < 1e9:
-        raise BadInput(
-            f"sequences of {seq_len:g} tokens are empty", "--max-len", "Use the mean length of the data."
-        )
+        raise BadInput(f"sequences of {seq_len:g} tokens are empty", "--max-len", "Use the mean length of the data.")
     b0, shrink = constants()["batch.critical"], seq_len / LAW_SEQ_LEN
 
     def ratio(critical: float, share: float) -> float:
@@ -101,9 +99,7 @@ def recommend_batch(examples: float, epochs: float = 1.0, seq_len: float = LAW_S
     (32, 8)
     """
     if not 0 < examples < float("inf") or not 0 < epochs < float("inf"):
-        raise BadInput(
-            f"{examples:g} examples x {epochs:g} epochs are no run", "--data", "Use positive numbers."
-        )
+        raise BadInput(f"{examples:g} examples x {epochs:g} epochs are no run", "--data", "Use positive numbers.")
     batch = DEFAULT_BATCH
     while batch > 1 and examples * epochs / batch < MIN_STEPS:
         batch //= 2
@@ -115,9 +111,7 @@ def recommend_batch(examples: float, epochs: float = 1.0, seq_len: float = LAW_S
     return BatchAdvice(batch, steps, extra_samples(batch, seq_len), tuple(reasons), warnings)
 
 
-def check_batch(
-    batch: int, examples: float, epochs: float = 1.0, seq_len: float = LAW_SEQ_LEN
-) -> BatchAdvice:
+def check_batch(batch: int, examples: float, epochs: float = 1.0, seq_len: float = LAW_SEQ_LEN) -> BatchAdvice:
     """A batch that the user chose: what it costs against the default, and what to watch.
 
     Source: `extra_samples`; arXiv:2602.09492 finds an interior optimum that grows with the data set.
@@ -127,14 +121,10 @@ def check_batch(
     """
     _check(batch)
     if not 0 < examples < float("inf") or not 0 < epochs < float("inf"):
-        raise BadInput(
-            f"{examples:g} examples x {epochs:g} epochs are no run", "--data", "Use positive numbers."
-        )
+        raise BadInput(f"{examples:g} examples x {epochs:g} epochs are no run", "--data", "Use positive numbers.")
     steps, extra, warnings = max(1.0, examples * epochs / batch), extra_samples(batch, seq_len), []
     if steps < MIN_STEPS:
-        warnings.append(
-            f"{steps:.0f} steps: below {MIN_STEPS} B is still growing; a smaller batch gives more steps"
-        )
+        warnings.append(f"{steps:.0f} steps: below {MIN_STEPS} B is still growing; a smaller batch gives more steps")
     if batch > DEFAULT_BATCH:
         warnings.append(
             f"batch {batch} needs {extra.value:.2g}x [{extra.low:.2g}, {extra.high:.2g}] the samples of "
@@ -155,9 +145,7 @@ def accumulate(batch: int, micro_batch: int, devices: int = 1) -> Accumulation:
     """
     _check(batch)
     if micro_batch < 1 or devices < 1:
-        raise BadInput(
-            f"micro-batch {micro_batch} on {devices} devices is empty", "--micro-batch", "Use 1 or more."
-        )
+        raise BadInput(f"micro-batch {micro_batch} on {devices} devices is empty", "--micro-batch", "Use 1 or more.")
     once = micro_batch * devices
     steps = max(1, batch // once)
     effective = once * steps

@@ -25,9 +25,7 @@ FITS, CONTESTED, OVER = "surely fits", "contested", "surely over"
 
 #: a description length of one bit a trained token (LWR). The ends are *final test* losses of 23 tuned
 #: models on Tulu3 (0.44 to 0.82 nat), for want of published first-epoch losses, which are higher
-BITS_PER_TOKEN = Estimate(
-    0.63, 1.0, 1.19, "bit/token", ASSUMED, "LWR; ends: tinker-cookbook final test losses"
-)
+BITS_PER_TOKEN = Estimate(0.63, 1.0, 1.19, "bit/token", ASSUMED, "LWR; ends: tinker-cookbook final test losses")
 #: first-epoch losses of repeated runs differ by at most this, relatively
 LOSS_NOISE = 0.016
 #: excess description length per token without a pilot run: a latent skill, a new one. Nobody published
@@ -153,9 +151,7 @@ class RankAdvice:
 # ---------------------------------------------------------------- what there is to learn
 
 
-def sft_need(
-    trained_tokens: float, first_epoch_nats: float | None = None, excess_bits: float | None = None
-) -> Need:
+def sft_need(trained_tokens: float, first_epoch_nats: float | None = None, excess_bits: float | None = None) -> Need:
     """Upper bound on what supervised data teach: their description length.
 
         bits = tokens * loss of the first epoch / ln 2        [bit]
@@ -181,16 +177,12 @@ def sft_need(
                        "Give the first epoch's mean training loss; usually 0.3 to 3 nats.")  # fmt: skip
     if excess_bits is None:
         # no more can generalise than there is
-        excess = tuple(
-            (k, _at_most(e.scaled(float(trained_tokens), "bit"), bits)) for k, e in EXCESS_PER_TOKEN.items()
-        )
+        excess = tuple((k, _at_most(e.scaled(float(trained_tokens), "bit"), bits)) for k, e in EXCESS_PER_TOKEN.items())
     elif 0 < excess_bits < float("inf"):
         pilot = around(float(excess_bits), 1 + LOSS_NOISE, "bit", DERIVED, "pilot run")
         excess = tuple((regime, pilot) for regime in EXCESS_PER_TOKEN)
     else:
-        raise BadInput(
-            f"{excess_bits:g} excess bits are no measurement", "--excess-bits", "Give a positive number."
-        )
+        raise BadInput(f"{excess_bits:g} excess bits are no measurement", "--excess-bits", "Give a positive number.")
     return Need(bits, float(trained_tokens), excess)
 
 
@@ -236,9 +228,7 @@ def rl_need(problems: int, group: int, pass_rate: float | None = None, passes: f
     if most == 0:
         word = "never" if pass_rate == 0 else "always"
         warnings = (f"the reward is {word} given: every advantage is zero, nothing is learned",)
-    return Need(
-        Estimate(0.0, most, most, "bit", DERIVED, "LWR: reward entropy bounds the signal"), warnings=warnings
-    )
+    return Need(Estimate(0.0, most, most, "bit", DERIVED, "LWR: reward entropy bounds the signal"), warnings=warnings)
 
 
 # ---------------------------------------------------------------- what an adapter holds
@@ -426,13 +416,9 @@ def recommend_rank(need: Need, total_params: float, params_per_rank: float) -> R
     objective = need.objective
     smallest = smallest_rank(need, total_params, params_per_rank)
     wanted, reasons = max(smallest.value, FLOOR_RANK[objective]), []
-    reasons.append(
-        f"held from rank {ceil(smallest.value)} (sources: {smallest.low:.0f} to {smallest.high:.0f})"
-    )
+    reasons.append(f"held from rank {ceil(smallest.value)} (sources: {smallest.low:.0f} to {smallest.high:.0f})")
     if wanted > smallest.value:
-        why = (
-            "low ranks still cost loss" if objective == SFT else "cheap insurance against an untrainable rank"
-        )
+        why = "low ranks still cost loss" if objective == SFT else "cheap insurance against an untrainable rank"
         reasons.append(f"not below {FLOOR_RANK[objective]}: {why}")
     if objective == SFT:
         free = next(r for r in SERVABLE_RANKS if rank_penalty(r, total_params).value <= PENALTY_MARGIN)

@@ -88,9 +88,7 @@ def _irregular(where: str) -> BadInput:
     return BadInput("not a regular file", where, "Directories, pipes and devices are not read as files.")
 
 
-def read_json(
-    path: Path, where: str, root: Path | None = None, limit: int = MAX_JSON_BYTES
-) -> dict[str, Any]:
+def read_json(path: Path, where: str, root: Path | None = None, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes."""
     with open_regular(path, where, root) as file:
         if os.fstat(file.fileno()).st_size > limit:
@@ -143,9 +141,7 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise _too_deep(where) from None
     if not isinstance(value, dict):
-        raise BadInput(
-            f"expected an object, got a {type(value).__name__}", f"{where}#", "Is it the right file?"
-        )
+        raise BadInput(f"expected an object, got a {type(value).__name__}", f"{where}#", "Is it the right file?")
     _refuse_marked(value, where)
     return value
 
@@ -414,9 +410,7 @@ def compare(model: Model, stored: Stored, quantised: bool = False) -> Model:
         warnings.append(f"{twice:,} tensors are in more than one file; every copy was counted")
     params = sum(t.size for t in loaded)
     if dtypes.keys() & PACKED:
-        notes.append(
-            "the files pack several weights into one element: parameters are counted from config.json"
-        )
+        notes.append("the files pack several weights into one element: parameters are counted from config.json")
         params = 0
     elif params != model.total:
         warnings.append(

@@ -549,9 +549,7 @@ def read_data(
                 _tally_rows(_json_rows(stream, LONGEST_LINE), tally)
                 sha256 = hashed.sha256.hexdigest()
     except OSError as error:
-        raise BadInput(
-            f"cannot read: {error.strerror}", name, "Check the file and its permissions."
-        ) from error
+        raise BadInput(f"cannot read: {error.strerror}", name, "Check the file and its permissions.") from error
     return _facts(name, sha256, tally)
 
 

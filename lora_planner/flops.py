@@ -271,9 +271,7 @@ class Pair:
 Pairs = Mapping[str, list[Pair]]
 
 
-def _pairs(
-    rows: Iterable[Linear], layers: int, pool: Counter[Adapter], equal: Counter[Linear], dora: bool
-) -> Pairs:
+def _pairs(rows: Iterable[Linear], layers: int, pool: Counter[Adapter], equal: Counter[Linear], dora: bool) -> Pairs:
     """The adapters of these rows, per layer. A convention may adapt parts of a matrix's outputs, each
     on its own: so rows and adapters are matched without d_out. Rows that are equal in two kinds of
     layer have their adapters twice in the table."""
@@ -304,9 +302,7 @@ class Trained:
     dora: bool
 
 
-def _forward(
-    rows: Iterable[Linear], mixer: Attention | Scan | None, pairs: Pairs, kind: str = "matrices"
-) -> Tally:
+def _forward(rows: Iterable[Linear], mixer: Attention | Scan | None, pairs: Pairs, kind: str = "matrices") -> Tally:
     tally = Tally()
     for row in rows:
         tally.add(kind, Work(matrix(row)))
@@ -340,9 +336,7 @@ def _row_backward(row: Linear, pairs: list[Pair], live: bool, trained: Trained) 
     return tally
 
 
-def layer_backward(
-    block: Block, pairs: Pairs, live: bool, trained: Trained, attention: str
-) -> tuple[Tally, bool]:
+def layer_backward(block: Block, pairs: Pairs, live: bool, trained: Trained, attention: str) -> tuple[Tally, bool]:
     """One layer's gradients, given whether anything before it trains; and whether anything up to it does.
 
     The gradient of a matrix's input is needed where a matrix that it reads from is live: trains or
@@ -490,10 +484,7 @@ def table(
         if isinstance(block.mixer, Attention):
             windows[block.mixer.window] += scores(block.mixer) * block.count
     rows = tuple(
-        Row(kind, phase, work)
-        for phase, tally in phases.items()
-        for kind, work in tally.by_kind.items()
-        if work
+        Row(kind, phase, work) for phase, tally in phases.items() for kind, work in tally.by_kind.items() if work
     )
     return FlopTable(rows, _terms(rows), tuple(windows.items()))
 
@@ -504,9 +495,7 @@ def _terms(rows: tuple[Row, ...]) -> tuple[tuple[str, str, str, Work], ...]:
     for row in rows:
         key = (row.phase, row.kind if row.phase in (FORWARD, BACKWARD) else "")
         summed[key] = summed.get(key, Work()) + row.work
-    return tuple(
-        (TERMS[phase, kind][0], phase, TERMS[phase, kind][1], work) for (phase, kind), work in summed.items()
-    )
+    return tuple((TERMS[phase, kind][0], phase, TERMS[phase, kind][1], work) for (phase, kind), work in summed.items())
 
 
 def _checked(seq_len: int, batch: int) -> None:
@@ -524,9 +513,7 @@ def _ledger(
 ) -> Ledger:
     _checked(seq_len, batch)
     terms = [
-        Term(name, work.at(seq_len, batch), EXACT, why)
-        for name, phase, why, work in found.terms
-        if keep(phase, name)
+        Term(name, work.at(seq_len, batch), EXACT, why) for name, phase, why, work in found.terms if keep(phase, name)
     ]
     return Ledger(quantity, UNIT, terms, CONVENTION + note)
 

@@ -108,9 +108,7 @@ def checked_lr(lr: float, where: str = "--lr") -> float:
     0.0003
     """
     if not 0 < lr <= 1:
-        raise BadInput(
-            f"learning rate {lr:g} is outside (0, 1]", where, "LoRA starts near 3e-4, full near 3e-5."
-        )
+        raise BadInput(f"learning rate {lr:g} is outside (0, 1]", where, "LoRA starts near 3e-4, full near 3e-5.")
     return lr
 
 
@@ -183,11 +181,7 @@ def full_lr(total_params: float, model_type: str, objective: str = SFT) -> Estim
     _check(total_params, None, objective)
     family = FAMILIES.get(model_type)
     ratio = RL_RATIO if objective == RL else SFT_RATIO
-    lora = (
-        rl_lora_lr(total_params, family)
-        if objective == RL
-        else sft_lora_lr(total_params, REFERENCE_RANK, family)
-    )
+    lora = rl_lora_lr(total_params, family) if objective == RL else sft_lora_lr(total_params, REFERENCE_RANK, family)
     below = _jointly(lora.value / lora.low, ratio.high / ratio.value)
     above = _jointly(lora.high / lora.value, ratio.value / ratio.low)
     value = lora.value / ratio.value
@@ -243,16 +237,12 @@ def advise(
     labels = _labels(total_params, model_type, family, method_name, rank, steps, objective)
     if chosen.is_full:
         schedule = "constant or linear decay; Adam; keep float32 master weights at rates this small"
-        return Advice(
-            full, full, 0.0, "none", 0.0, schedule, (full.source,), labels, sweep_around(full.value)
-        )
+        return Advice(full, full, 0.0, "none", 0.0, schedule, (full.source,), labels, sweep_around(full.value))
 
     base = rl_lora_lr(total_params, family) if objective == RL else sft_lora_lr(total_params, rank, family)
     scaled = scale_factor(chosen.scaling, rank)
     short = short_run_factor(steps) if steps is not None else 1.0
-    other = _jointly(
-        scaled.high / scaled.value, short, BEYOND_SWEEP if method_name in UNSWEPT_METHODS else 1.0
-    )
+    other = _jointly(scaled.high / scaled.value, short, BEYOND_SWEEP if method_name in UNSWEPT_METHODS else 1.0)
     batch_low = sqrt(min(1.0, batch / SWEPT_BATCH)) if batch else 1.0
     batch_high = sqrt(max(1.0, batch / SWEPT_BATCH)) if batch else 1.0
     value = checked_lr(base.value * scaled.value * short, "alpha")
@@ -267,9 +257,7 @@ def advise(
         sources.append("LWR: 15x for up to about 100 steps, 10x for long runs; our interpolation")
     scaling = "alpha / sqrt(r)" if method_name == "rslora" else "alpha / r"
     schedule = "constant without warm-up (LWR), or linear decay (the sweep); B = 0 is a warm-up of its own"
-    return Advice(
-        lr, full, alpha, scaling, chosen.scaling, schedule, tuple(sources), labels, sweep_around(value)
-    )
+    return Advice(lr, full, alpha, scaling, chosen.scaling, schedule, tuple(sources), labels, sweep_around(value))
 
 
 def sweep_around(lr: float) -> tuple[float, ...]:
@@ -305,13 +293,9 @@ def _labels(
 
 def _check(total_params: float, steps: float | None, objective: str, batch: int | None = None) -> None:
     if objective not in OBJECTIVES:
-        raise UnknownName(
-            f"objective {objective!r} is not known", "--objective", f"Use {' or '.join(OBJECTIVES)}."
-        )
+        raise UnknownName(f"objective {objective!r} is not known", "--objective", f"Use {' or '.join(OBJECTIVES)}.")
     if not 0 < total_params < 1e15:
-        raise BadInput(
-            f"{total_params:g} parameters are no model", "total_params", "Use the model's total count."
-        )
+        raise BadInput(f"{total_params:g} parameters are no model", "total_params", "Use the model's total count.")
     if steps is not None and not 0 < steps < float("inf"):
         raise BadInput(f"{steps:g} steps are no run", "--steps", "Use 1 or more.")
     if batch is not None and batch < 1:

@@ -309,9 +309,7 @@ def _from_hub(hub_id: str, offline: bool) -> Model:
         raise EnvironmentMissing(what, "--model", f"{hint}Check the network, {by_path}") from None
     config = read_json(path, f"{hub_id}/config.json", root_of(path.parent))
     model = replace(_build(config, f"{hub_id}/config.json", hub_id), source=f"hub: {hub_id}")
-    header = {
-        n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [*t.data_offsets]} for n, t in rows.items()
-    }
+    header = {n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [*t.data_offsets]} for n, t in rows.items()}
     tensors, _ = tensors_of(header, f"{hub_id}/{SINGLE}")
     return _checked(model, config, Stored(tuple(tensors), files=1))
 

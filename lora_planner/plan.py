@@ -121,9 +121,7 @@ def price(c: Configuration, book: PriceBook | None = None, run_tokens: float | N
         raise BadInput(f"{c.micro_batch} x {c.seq_len} x {c.accumulation} tokens are no step",
                        "--micro-batch, --seq-len", "Use 1 or more.")  # fmt: skip
     model, method = c.model, c.method
-    found = Priced(
-        c, trainable_params(model, method), stored_params(model, method), file_bytes(model, method)
-    )
+    found = Priced(c, trainable_params(model, method), stored_params(model, method), file_bytes(model, method))
     found.warnings.extend(adapter_table(model, method).warnings)
     if c.gpu is None:
         return found
@@ -341,7 +339,9 @@ def _capacity_terms(verdict: capacity.Verdict) -> Ledger:
              f"{j.source.regime}; {j.source.source}")
         for j in verdict.judgements
     ]  # fmt: skip
-    return Ledger("capacity", "", terms, f"verdict: {verdict.verdict}; one line a source, each in its own unit", adds=False)
+    return Ledger(
+        "capacity", "", terms, f"verdict: {verdict.verdict}; one line a source, each in its own unit", adds=False
+    )
 
 
 def _lr_terms(plan: Plan) -> Ledger:

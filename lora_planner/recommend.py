@@ -169,9 +169,7 @@ def _refusal(job: Job, found: Priced) -> Rejected | None:
             found, LATE, f"late: {duration(found.run_s.value)} for a deadline of {duration(job.deadline_s)}"
         )
     if job.budget_usd and found.cost and found.cost.usd.value > job.budget_usd:
-        return Rejected(
-            found, OVERBUDGET, f"over budget: {usd(found.cost.usd.value)} of {usd(job.budget_usd)}"
-        )
+        return Rejected(found, OVERBUDGET, f"over budget: {usd(found.cost.usd.value)} of {usd(job.budget_usd)}")
     return None
 
 
@@ -203,7 +201,9 @@ def _check(job: Job) -> None:
     if not job.gpus:
         raise BadInput("no GPU to plan for", "--gpu", "Name at least one; `lora-plan gpus` lists them.")
     if job.budget_usd is not None and not 0 < job.budget_usd < float("inf"):
-        raise Infeasible(f"nothing costs {job.budget_usd:g} USD", "--budget", "Give a positive number, or leave it out.")
+        raise Infeasible(
+            f"nothing costs {job.budget_usd:g} USD", "--budget", "Give a positive number, or leave it out."
+        )
     if job.deadline_s is not None and not 0 < job.deadline_s < float("inf"):
         raise Infeasible("the deadline is in the past", "--deadline", "Give hours from now, above 0.")
     if not 0 < job.epochs <= 1e6:

@@ -126,7 +126,11 @@ def to_json(document: Mapping[str, Any]) -> str:
 
 
 def envelope(
-    result: Any, inputs: Any = None, warnings: Iterable[Warning3] = (), provenance: Iterable[Any] = (), exit_code: int = 0
+    result: Any,
+    inputs: Any = None,
+    warnings: Iterable[Warning3] = (),
+    provenance: Iterable[Any] = (),
+    exit_code: int = 0,
 ) -> dict[str, Any]:
     """What every command prints under --json."""
     text = json.dumps(plain(inputs), sort_keys=True, default=str)
@@ -398,12 +402,16 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     recipe = _recipe(p)
     rows.append(("run", recipe[0]))
     rows += [("", line) for line in recipe[1:]]
-    rows.append(("", _text(f"LR {interval(lr.lr, units.rate)} ", _basis(lr.lr.basis), f", {lr.schedule.split(' (')[0]}")))
+    rows.append(
+        ("", _text(f"LR {interval(lr.lr, units.rate)} ", _basis(lr.lr.basis), f", {lr.schedule.split(' (')[0]}"))
+    )
     if lr.labels:
         rows.append(("", _text(("; ".join(lr.labels), "yellow"))))
     if not c.method.is_full:
         sweep = " ".join(units.rate(rate) for rate in lr.sweep)
-        rows.append(("", _text(_dim(f"worth a sweep: {sweep}; full fine-tuning would want {interval(lr.full_lr, units.rate)}"))))
+        rows.append(
+            ("", _text(_dim(f"worth a sweep: {sweep}; full fine-tuning would want {interval(lr.full_lr, units.rate)}")))
+        )
     rows.append(("", _text(f"batch {a.effective} = {c.micro_batch} x {a.steps}, {plan.steps:,.0f} steps, "
                            f"checkpointing {c.checkpointing}, attention {c.attention}")))  # fmt: skip
     fits = _memory_lines(p)
@@ -415,7 +423,15 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     rows.append(("flops", _flops_line(p)))
     rows.append(("capacity", _capacity_line(plan)))
     if not c.method.is_full:
-        rows.append(("loss", _text(f"{interval(plan.penalty, units.percent)} above full fine-tuning, predicted ", _basis(plan.penalty.basis))))
+        rows.append(
+            (
+                "loss",
+                _text(
+                    f"{interval(plan.penalty, units.percent)} above full fine-tuning, predicted ",
+                    _basis(plan.penalty.basis),
+                ),
+            )
+        )
     return rows
 
 

@@ -93,9 +93,7 @@ def work(
     return Work(
         tokens=tokens,
         linear_flops=(parts.matrices_forward + parts.matrices_backward) * tokens,
-        adapter_flops=(
-            parts.adapters_forward + parts.adapters_backward + parts.scans_forward + parts.scans_backward
-        )
+        adapter_flops=(parts.adapters_forward + parts.adapters_backward + parts.scans_forward + parts.scans_backward)
         * tokens,
         attention_flops=scores * tokens,
         activation_bytes=elementwise_bytes(

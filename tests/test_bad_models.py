@@ -130,9 +130,7 @@ LAYERS = "num_hidden_layers: expected"
         (b'{"model_type": "\\u001b[2J\\ud800"}', "model_type"),
     ],
 )  # fmt: skip
-def test_b1_a_config_that_is_no_honest_json_is_refused_with_its_place(
-    tmp_path: Path, raw: bytes, says: str
-) -> None:
+def test_b1_a_config_that_is_no_honest_json_is_refused_with_its_place(tmp_path: Path, raw: bytes, says: str) -> None:
     """Syntax, encoding, numbers, depth and types: one line each, with line and column or a JSON pointer."""
     (tmp_path / "config.json").write_bytes(raw)
     assert says in refusal(lambda: load_model(str(tmp_path)))
@@ -165,9 +163,7 @@ def test_b1_a_config_of_a_gigabyte_is_refused_unread(tmp_path: Path) -> None:
         ({"model_type": 7}, "model_type"),
     ],
 )
-def test_b2_sizes_that_cannot_be_are_refused_with_a_pointer(
-    tmp_path: Path, change: dict[str, Any], says: str
-) -> None:
+def test_b2_sizes_that_cannot_be_are_refused_with_a_pointer(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     """Contradictory, zero, negative or mistyped values name their key."""
     text = refusal(lambda: load_model(write_model(tmp_path, {**LLAMA, **change})))
     assert f"config.json#/{says}" in text
@@ -267,9 +263,7 @@ def one(**change: Any) -> dict[str, Any]:
         ({**one(), "y": ENTRY}, 16, "overlaps"),
     ],
 )  # fmt: skip
-def test_b4_a_header_that_contradicts_itself_is_refused(
-    tmp_path: Path, header: Any, data: int, says: str
-) -> None:
+def test_b4_a_header_that_contradicts_itself_is_refused(tmp_path: Path, header: Any, data: int, says: str) -> None:
     """Types, shapes, offsets and the file's length have to agree, in integers without bounds."""
     write_model(tmp_path, LLAMA)
     write_weights(tmp_path / "model.safetensors", header, data)
@@ -304,20 +298,14 @@ def test_b4_too_many_tensors_are_refused_unparsed(tmp_path: Path, monkeypatch: p
 # --- B5: pickles -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "last.ckpt", "x.pkl", "consolidated.00.pth"]
-)
-def test_b5_pickled_weights_are_never_opened(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "last.ckpt", "x.pkl", "consolidated.00.pth"])
+def test_b5_pickled_weights_are_never_opened(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for directly: refused. Beside a config.json: counted from that, with a warning."""
     write_model(tmp_path, LLAMA)
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     real_open = os.open
     opened: list[str] = []
-    monkeypatch.setattr(
-        os, "open", lambda path, *a, **k: opened.append(str(path)) or real_open(path, *a, **k)
-    )
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: opened.append(str(path)) or real_open(path, *a, **k))
     assert "never opened" in refusal(lambda: load_model(str(tmp_path / name)))
     model = load_model(str(tmp_path))
     assert model.total == from_config(LLAMA).total
@@ -422,9 +410,7 @@ def test_b8_devices_directories_and_loops_are_refused(tmp_path: Path) -> None:
     refusal(lambda: load_model(str(tmp_path / "config.json")))
 
 
-@pytest.mark.parametrize(
-    "shard", ["../../etc/passwd", "/etc/passwd", "a/../b.safetensors", "x.bin", "", 7, None]
-)
+@pytest.mark.parametrize("shard", ["../../etc/passwd", "/etc/passwd", "a/../b.safetensors", "x.bin", "", 7, None])
 def test_b8_an_index_cannot_lead_elsewhere(tmp_path: Path, shard: Any) -> None:
     """A shard is a plain name ending in .safetensors."""
     write_model(tmp_path, LLAMA)
@@ -582,14 +568,10 @@ def fake_hub(tmp_path: Path, *, cached: bool = False, fault: Exception | None = 
         parse_safetensors_file_metadata=lambda repo, name: SimpleNamespace(tensors=rows),
     )
     path = str(tmp_path / "config.json") if cached else None
-    return SimpleNamespace(
-        try_to_load_from_cache=lambda repo, name: path, hf_hub_download=download, HfApi=lambda: api
-    )
+    return SimpleNamespace(try_to_load_from_cache=lambda repo, name: path, hf_hub_download=download, HfApi=lambda: api)
 
 
-def test_a_hub_id_is_read_from_the_cache_then_from_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_read_from_the_cache_then_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline only what is cached; online config.json and one header."""
     write_model(tmp_path, LLAMA, llama_rows())
     monkeypatch.setattr(model_source, "_hub", lambda: fake_hub(tmp_path, cached=True))
@@ -599,18 +581,14 @@ def test_a_hub_id_is_read_from_the_cache_then_from_the_hub(
     assert "not in the catalogue" in refusal(lambda: load_model("org/name"), kind=UnknownName)
 
 
-def test_a_hub_that_does_not_answer_is_a_missing_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_does_not_answer_is_a_missing_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 6, without the message of the HTTP library, which may quote a token."""
     hub = fake_hub(tmp_path, fault=ConnectionError("Bearer hf_secret"))
     monkeypatch.setattr(model_source, "_hub", lambda: hub)
     text = refusal(lambda: load_model("org/name", offline=False), kind=EnvironmentMissing, code=6)
     assert "hf_secret" not in text
     monkeypatch.setattr(model_source, "_hub", lambda: None)
-    assert "pip install" in refusal(
-        lambda: load_model("org/name", offline=False), kind=EnvironmentMissing, code=6
-    )
+    assert "pip install" in refusal(lambda: load_model("org/name", offline=False), kind=EnvironmentMissing, code=6)
 
 
 # --- fuzz --------------------------------------------------------------------------------------------
@@ -644,9 +622,7 @@ def test_any_value_under_any_key_gives_a_model_or_a_line(family: str, data: st.D
 
 @QUIET
 @given(raw=st.binary(max_size=200), honest=st.booleans(), more=st.binary(max_size=20))
-def test_any_bytes_as_safetensors_give_a_model_or_a_line(
-    tmp_path: Path, raw: bytes, honest: bool, more: bytes
-) -> None:
+def test_any_bytes_as_safetensors_give_a_model_or_a_line(tmp_path: Path, raw: bytes, honest: bool, more: bytes) -> None:
     """Never anything but a LoraPlanError, with an honest length before the header and without."""
     write_model(tmp_path, LLAMA)
     prefix = len(raw).to_bytes(8, "little") if honest else b""

@@ -120,8 +120,7 @@ def test_bytes_per_token_contain_published_values() -> None:
 def test_scripts_are_told_apart() -> None:
     """Chinese takes more tokens per character than Russian, and Russian more than English."""
     per_character = [
-        data_file.estimate_tokens(text)[1] / len(text)
-        for text in ("plain words", "простые слова", "简单的词语")
+        data_file.estimate_tokens(text)[1] / len(text) for text in ("plain words", "простые слова", "简单的词语")
     ]
     assert per_character == sorted(per_character)
 
@@ -145,9 +144,7 @@ def test_token_counts(text: str, n: int) -> None:
     assert parse_token_count(text) == n
 
 
-@pytest.mark.parametrize(
-    "text", ["", "0", "-5", "1.5", "10,000", "1e6", "nan", "10MB", "9" * 30, "٣", "0.0001k", "M"]
-)
+@pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "10,000", "1e6", "nan", "10MB", "9" * 30, "٣", "0.0001k", "M"])
 def test_bad_token_counts(text: str) -> None:
     """What is no whole number of tokens is refused, not rounded."""
     with pytest.raises(BadInput):
@@ -210,9 +207,7 @@ def train_tokenizer(folder: Path, template: str = "", bos: bool = False) -> Path
         show_progress=False,
     )
     texts = [
-        m["content"]
-        for line in EXAMPLE.read_text("utf-8").splitlines()[:200]
-        for m in json.loads(line)["messages"]
+        m["content"] for line in EXAMPLE.read_text("utf-8").splitlines()[:200] for m in json.loads(line)["messages"]
     ]
     tokenizer.train_from_iterator(texts, trainer)
     if bos:
@@ -258,8 +253,7 @@ def test_chat_lengths_equal_transformers(tmp_path: Path, template: str) -> None:
         chat("q", "a" * 99),
     ]
     expected = [
-        len(oracle.apply_chat_template(r["messages"], truncation=False, padding=False)["input_ids"])
-        for r in rows
+        len(oracle.apply_chat_template(r["messages"], truncation=False, padding=False)["input_ids"]) for r in rows
     ]
     facts = read_data(write(tmp_path, *rows), tokenizer=str(folder))
     assert facts.template.startswith(template)
@@ -276,14 +270,10 @@ def test_prompt_and_completion_are_tokenised_joined(tmp_path: Path) -> None:
     tokenizer.no_padding()
     text = "Return the sum of a start value."
     splits = [(text[:at], text[at:]) for at in range(1, len(text))]
-    facts = read_data(
-        write(tmp_path, *({"prompt": a, "completion": b} for a, b in splits)), tokenizer=str(folder)
-    )
+    facts = read_data(write(tmp_path, *({"prompt": a, "completion": b} for a, b in splits)), tokenizer=str(folder))
     whole = len(tokenizer.encode(text).ids) + 1
     assert facts.histogram == ((whole, len(splits)),)
-    assert facts.trained_tokens.value == sum(
-        whole - min(whole - 1, len(tokenizer.encode(a).ids)) for a, _ in splits
-    )
+    assert facts.trained_tokens.value == sum(whole - min(whole - 1, len(tokenizer.encode(a).ids)) for a, _ in splits)
     assert facts.basis == EXACT
 
 
@@ -314,9 +304,7 @@ def test_parquet_equals_json_lines(tmp_path: Path) -> None:
 # --- relations ----------------------------------------------------------------------------------
 
 words = st.text(st.sampled_from("ab 9好é\n"), min_size=1, max_size=80)
-row_lists = st.lists(
-    st.one_of(st.builds(chat, words, words), st.builds(lambda t: {"text": t}, words)), min_size=1
-)
+row_lists = st.lists(st.one_of(st.builds(chat, words, words), st.builds(lambda t: {"text": t}, words)), min_size=1)
 
 
 @given(rows=row_lists, seed=st.integers(0, 99))
@@ -421,9 +409,7 @@ def test_single_row_warns(tmp_path: Path) -> None:
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
     """An example that repeats an earlier one counts once, however its JSON is spaced."""
-    facts = read_data(
-        write(tmp_path, GOOD, json.dumps(GOOD, indent=None, separators=(",", ":")), chat("q", "a"))
-    )
+    facts = read_data(write(tmp_path, GOOD, json.dumps(GOOD, indent=None, separators=(",", ":")), chat("q", "a")))
     assert facts.duplicates == 1
     assert any("repeat" in warning for warning in facts.warnings)
 
@@ -461,9 +447,7 @@ def test_answers_cut_off_are_counted(tmp_path: Path) -> None:
 def test_endless_lines_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line over the limit is a bad row, is never held whole, and the next line is read."""
     monkeypatch.setattr(data_file, "LONGEST_LINE", 1000)
-    path = write(
-        tmp_path, {"text": "a" * 5000}, {"text": "b" * 420}, {"text": "c" * 3_000_000}, {"text": "d" * 420}
-    )
+    path = write(tmp_path, {"text": "a" * 5000}, {"text": "b" * 420}, {"text": "c" * 3_000_000}, {"text": "d" * 420})
     facts = read_data(path)
     assert (facts.bad_rows, facts.examples, facts.longest_line) == (2, 2, 2)
     assert facts.first_bad is not None

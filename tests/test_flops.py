@@ -207,9 +207,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **short, "vocab_size": 256, "pad_token_id": 0}
 
 
-def check(
-    torch: Any, config: dict[str, Any], how: Method, modules: str | list[str], checkpointing: str
-) -> None:
+def check(torch: Any, config: dict[str, Any], how: Method, modules: str | list[str], checkpointing: str) -> None:
     batch, seq_len = 2, 72  # no multiple of a chunk
     want = counted(torch, config, how, modules, checkpointing, (batch, seq_len))
     model, attention = from_config(config), "eager" if config["model_type"] == "gemma2" else "sdpa"
@@ -323,9 +321,7 @@ def test_the_linear_break_even_rank_is_the_exact_one_without_savings(small: dict
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    name=st.sampled_from(sorted(SMALL)), seq_len=LENGTHS, rank=st.integers(1, 60), batch=st.integers(1, 64)
-)
+@given(name=st.sampled_from(sorted(SMALL)), seq_len=LENGTHS, rank=st.integers(1, 60), batch=st.integers(1, 64))
 def test_more_rank_targets_or_checkpointing_never_cost_less(
     small: dict[str, Model], name: str, seq_len: int, rank: int, batch: int
 ) -> None:
@@ -370,9 +366,7 @@ def test_the_split_adds_up(config: dict[str, Any]) -> None:
         matrices = parts.matrices_forward + parts.matrices_backward
         adapters = parts.adapters_forward + parts.adapters_backward
         rest = parts.scores_forward + parts.scores_backward + parts.scans_forward + parts.scans_backward
-        assert matrices + adapters + rest == pytest.approx(
-            flops.train(model, how, 1000, "sdpa", "full").total
-        )
+        assert matrices + adapters + rest == pytest.approx(flops.train(model, how, 1000, "sdpa", "full").total)
         assert parts.scores_visible_forward == pytest.approx(parts.scores_forward * 0.5005)
 
 

@@ -65,9 +65,7 @@ def test_rank_penalty_holds_on_models_outside_the_fit() -> None:
 
 
 @pytest.mark.parametrize(("base", "rank_16_params", "density"), [(20e6, 3e5, 0.05), (1e9, 1.2e7, 0.44)])
-def test_the_adapter_law_contains_its_paper_s_densities(
-    base: float, rank_16_params: float, density: float
-) -> None:
+def test_the_adapter_law_contains_its_paper_s_densities(base: float, rank_16_params: float, density: float) -> None:
     """The bits per parameter that Nguyen prints for 20M and 1B lie in the law's interval (p assumed)."""
     held = capacity.adapter_law(base).holds(rank_16_params)
     assert held.low <= density * rank_16_params <= held.high

@@ -42,6 +42,10 @@ BY_MODEL_TYPE = {
 }  # fmt: skip
 
 
+#: a config without these is rarely meant: whoever wrote it would not know the model that comes out
+SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
 def from_config(values: dict[str, Any], where: str = "config.json", name: str = "") -> Model:
     """The table of weights that transformers would build from this config.
 
@@ -55,6 +59,9 @@ def from_config(values: dict[str, Any], where: str = "config.json", name: str = 
     model = build(config)
     object.__setattr__(model, "name", name or where)
     object.__setattr__(model, "source", where)
+    left_out = [key for key in SHAPE_KEYS if key in config.defaulted]
+    if left_out:
+        model.warnings.append(f"{where} leaves out {', '.join(left_out)}: transformers' class defaults are used")
     return model
 
 

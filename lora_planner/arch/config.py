@@ -43,9 +43,7 @@ class Config:
         self.defaulted.append(key)
         return default
 
-    def size(
-        self, key: str, default: Any = REQUIRED, *aliases: str, low: int = 1, high: int = 2**31
-    ) -> int:
+    def size(self, key: str, default: Any = REQUIRED, *aliases: str, low: int = 1, high: int = 2**31) -> int:
         """A whole number in low..high. `null` counts as missing where there is a default."""
         key = next((name for name in (key, *aliases) if name in self.values), key)  # what errors name
         value = self._get(key, default, ())

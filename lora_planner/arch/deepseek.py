@@ -119,11 +119,7 @@ def _indexed(c: Config, f: Family, layers: int) -> list[bool]:
     kinds = c.items("indexer_types")
     pattern = c.values.get("index_topk_pattern")
     if kinds is None and isinstance(pattern, str | list):
-        kinds = (
-            [{"F": "full", "S": "shared"}.get(k, "") for k in pattern]
-            if isinstance(pattern, str)
-            else pattern
-        )
+        kinds = [{"F": "full", "S": "shared"}.get(k, "") for k in pattern] if isinstance(pattern, str) else pattern
     if kinds is None:
         period, skip = c.size("index_topk_freq", 1), c.size("index_skip_topk_offset", 2, low=0)
         return [max(i - skip + 1, 0) % period == 0 for i in range(layers)]

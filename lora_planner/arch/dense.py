@@ -113,7 +113,8 @@ FAMILIES = {
     "granite": Family(32000, 4096, 11008, 32, 32, bias_mlp=("mlp_bias", False)),
     "helium": Family(48000, 2560, 7040, 24, 20, 20, 128, bias_out=False, bias_mlp=("mlp_bias", False)),
     "seed_oss": Family(155136, 4096, 27648, 64, 80, 8, 128, bias_qkv=("attention_bias", True),
-                       bias_out=("attention_out_bias", False), bias_mlp=("mlp_bias", False)),
+                       bias_out=("attention_out_bias", False), bias_mlp=("mlp_bias", False),
+                       math_only=True),  # drops out attention probabilities by default
     "ernie4_5": Family(103424, 1024, 3072, 18, 16, 2, 128, True, bias_qkv=("use_bias", False),
                        bias_mlp=("use_bias", False)),
     "hunyuan_v1_dense": Family(290943, 4096, 11008, 32, 32, qk_norm=("query_layernorm", "key_layernorm")),

@@ -34,8 +34,8 @@ def build(c: Config) -> Model:
     used = top_k(c, "moe_k", 6, experts, "num_experts_per_tok")
     sparse = (router(hidden, experts), *fused_experts(hidden, inner, experts, used))
     shared = inner * c.size("moe_num_shared_experts", 2, low=0)
-    if shared:
-        sparse += gated_mlp(hidden, shared, prefix="mlp.shared_experts.", group="shared", bias=bias)
+    if shared:  # runs before the routed ones
+        sparse = (*gated_mlp(hidden, shared, prefix="mlp.shared_experts.", group="shared", bias=bias), *sparse)
     norms = (rms("input_layernorm", hidden), rms("post_attention_layernorm", hidden))
     correction = Weight("mlp.gate.moe_statics.e_score_correction_bias", experts, "router")
 

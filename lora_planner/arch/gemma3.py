@@ -34,9 +34,7 @@ def build(c: Config) -> Model:
     if window and c.flag("use_bidirectional_attention", False):
         window = window // 2 + 1
     period = c.size("sliding_window_pattern", 6)
-    kinds = layer_types(
-        c, [FULL if (i + 1) % period == 0 else SLIDING for i in range(layers)], (SLIDING, FULL)
-    )
+    kinds = layer_types(c, [FULL if (i + 1) % period == 0 else SLIDING for i in range(layers)], (SLIDING, FULL))
     mlp = gated_mlp(hidden, c.size("intermediate_size", 9216))
     norms = (
         rms("input_layernorm", hidden), rms("post_attention_layernorm", hidden),

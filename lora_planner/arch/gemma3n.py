@@ -98,10 +98,7 @@ def build(c: Config) -> Model:
         mlp = gated_mlp(hidden, inner, reads=("in", "self_attn.o_proj", "laurel.linear_right"))
         return Block(kind, 0, (*before, *rows, *mlp, *after), (*norms, *normed, *around), mixer)
 
-    keys = [
-        (kind, w, i >= layers - sharing)
-        for i, (kind, w) in enumerate(zip(kinds, _widths(c, layers), strict=True))
-    ]
+    keys = [(kind, w, i >= layers - sharing) for i, (kind, w) in enumerate(zip(kinds, _widths(c, layers), strict=True))]
     blocks, order = by_kind(keys, block)
     per_layer, rows = layers * narrow, c.size("vocab_size_per_layer_input", 262144)
     return stack(

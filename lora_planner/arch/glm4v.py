@@ -56,9 +56,7 @@ def _moe(c: Config) -> Model:
 
     def block(routed: bool) -> Block:
         if not routed:
-            return Block(
-                "dense", 0, rows + gated_mlp(hidden, c.size("intermediate_size", 10944)), norms, mixer
-            )
+            return Block("dense", 0, rows + gated_mlp(hidden, c.size("intermediate_size", 10944)), norms, mixer)
         mlp = (
             router(hidden, count),
             *fused_experts(hidden, inner, count, active),

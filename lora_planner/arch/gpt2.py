@@ -25,7 +25,7 @@ def build(c: Config) -> Model:
         hidden, n, kv, dim,
         qkv="attn.c_attn", out="attn.c_proj", bias_qkv=True, bias_out=True, kind=kind,
         # GPT-2's dropout in the scores has no fused kernel
-        math_only=not bigcode and c.number("attn_pdrop", 0.1) > 0,
+        math_only=c.number("attn_pdrop", 0.1) > 0,
     )  # fmt: skip
     mlp = plain_mlp(
         hidden,

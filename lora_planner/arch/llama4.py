@@ -80,9 +80,7 @@ def _tower(v: Config, hidden: int) -> Tower:
     inner, patch = v.size("intermediate_size", 5632), v.size("patch_size", 14)
     out = v.size("projector_output_dim", 4096)
     rows = (
-        linear(
-            "vision_model.patch_embedding.linear", v.size("num_channels", 3) * patch * patch, h, bias=False
-        ),
+        linear("vision_model.patch_embedding.linear", v.size("num_channels", 3) * patch * patch, h, bias=False),
         *split_layers("vision_model.model.layers.", h, inner, layers, out="o_proj"),
         linear("vision_model.vision_adapter.mlp.fc1", inner, v.size("projector_input_dim", 4096), bias=False),
         linear("vision_model.vision_adapter.mlp.fc2", out, out, bias=False),
@@ -103,6 +101,4 @@ def build(c: Config) -> Model:
     text = _text(own_config(c, "text_config", "llama4_text"))
     tower = _tower(own_config(c, "vision_config", "llama4_vision_model"), text.hidden_size)
     # the language model inside is a complete one and ties by its own config
-    return wrap(
-        c, text, tower, text.tied, prefix="language_model.model.layers", peft_default=("q_proj", "v_proj")
-    )
+    return wrap(c, text, tower, text.tied, prefix="language_model.model.layers", peft_default=("q_proj", "v_proj"))

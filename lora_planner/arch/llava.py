@@ -80,9 +80,7 @@ def _paligemma(c: Config) -> Model:
     text = language_model(c, "gemma", GEMMA_2B)
     v = sub_config(c, "vision_config", "siglip_vision_model", SO400M)
     rows, weights = tower(v)
-    project = linear(
-        "multi_modal_projector.linear", v.size("hidden_size", 768), c.size("projection_dim", 2048)
-    )
+    project = linear("multi_modal_projector.linear", v.size("hidden_size", 768), c.size("projection_dim", 2048))
     return wrap(c, text, ((*rows, project), weights), c.flag("tie_word_embeddings", True))
 
 

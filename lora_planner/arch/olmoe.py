@@ -29,9 +29,7 @@ def build(c: Config) -> Model:
         rms("self_attn.q_norm", n * width),
         rms("self_attn.k_norm", kv * width),
     )
-    block = Block(
-        "moe", 0, (*attention, router(hidden, experts), *mlp), norms, mixer, experts=experts, top_k=used
-    )
+    block = Block("moe", 0, (*attention, router(hidden, experts), *mlp), norms, mixer, experts=experts, top_k=used)
     return stack(
         c,
         [block],

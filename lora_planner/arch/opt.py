@@ -22,9 +22,7 @@ def build(c: Config) -> Model:
         return layer_norm(name, hidden) if affine else Weight(name, 0, "norm", hidden, "layer")
 
     attention, mixer = split_attention(hidden, n, n, dim, out="out_proj", bias_qkv=bias, bias_out=bias)
-    mlp = plain_mlp(
-        hidden, c.size("ffn_dim", 3072), ("fc1", "fc2"), bias=bias, reads=("in", "self_attn.out_proj")
-    )
+    mlp = plain_mlp(hidden, c.size("ffn_dim", 3072), ("fc1", "fc2"), bias=bias, reads=("in", "self_attn.out_proj"))
     norms = (norm("self_attn_layer_norm"), norm("final_layer_norm"))
     positions = c.size("max_position_embeddings", 2048) + 2  # the first two are for padding
     final = [Weight("embed_positions", positions * hidden, "embed")]

@@ -184,9 +184,7 @@ def router(
     return Linear(name, hidden, experts, group="router", kind=kind, bias=bias, reads=reads)
 
 
-def layer_types(
-    c: Config, default: Sequence[str], allowed: Sequence[str], key: str = "layer_types"
-) -> list[str]:
+def layer_types(c: Config, default: Sequence[str], allowed: Sequence[str], key: str = "layer_types") -> list[str]:
     """The kind of every layer: the config's list, as long as the model is deep, or the family's default."""
     given = c.items(key)
     if given is None:

@@ -100,9 +100,7 @@ def build(c: Config) -> Model:
     hidden = c.size("hidden_size", hidden)
     layers = c.size("num_hidden_layers", layers, high=4096)
     interval = c.size("full_attention_interval", 4)
-    kinds = layer_types(
-        c, [ATTENTION if (i + 1) % interval == 0 else DELTA for i in range(layers)], (DELTA, ATTENTION)
-    )
+    kinds = layer_types(c, [ATTENTION if (i + 1) % interval == 0 else DELTA for i in range(layers)], (DELTA, ATTENTION))
     sparse = _sparse(c, family, layers, experts)
 
     def block(key: tuple[str, bool]) -> Block:
@@ -116,9 +114,7 @@ def build(c: Config) -> Model:
         if routed:
             mlp, count, active = experts_beside_shared(c, hidden, reads, k, experts)
         else:
-            mlp = gated_mlp(
-                hidden, c.size("intermediate_size", 5632 if family == NEXT else 12288), reads=reads
-            )
+            mlp = gated_mlp(hidden, c.size("intermediate_size", 5632 if family == NEXT else 12288), reads=reads)
         norms = (rms("input_layernorm", hidden), rms("post_attention_layernorm", hidden))
         return Block(
             kind + ("_moe" if routed else ""), 0, mixing.linears + mlp, norms + mixing.weights, mixing.mixer,

@@ -58,9 +58,7 @@ def build(c: Config) -> Model:
 
     def layer(key: tuple[bool, int | None]) -> Block:
         routes, window = key
-        attention, mixer = split_attention(
-            hidden, n, kv, dim, bias_qkv=bias, bias_out=out_bias, window=window
-        )
+        attention, mixer = split_attention(hidden, n, kv, dim, bias_qkv=bias, bias_out=out_bias, window=window)
         if routes:
             return Block("moe", 0, attention + sparse, tuple(norms), mixer, experts=experts, top_k=used)
         return Block("dense", 0, attention + dense, tuple(norms), mixer)

@@ -27,9 +27,7 @@ from lora_planner.model import Block, Model
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _merger(
-    name: str, norm: int, wide: int, out: int, count: int, layers: tuple[str, str], layer: bool
-) -> Tower:
+def _merger(name: str, norm: int, wide: int, out: int, count: int, layers: tuple[str, str], layer: bool) -> Tower:
     """Norm and two matrices that make one language token of a square of patches."""
     first, second = layers
     rows = (linear(name + first, wide, wide, count), linear(name + second, wide, out, count))
@@ -111,9 +109,7 @@ def text_2(c: Config) -> Model:
         raise c.reject("hidden_size", f"a multiple of num_attention_heads = {n}")
     window = c.optional_size("sliding_window", 4096) if c.flag("use_sliding_window", False) else None
     late = c.size("max_window_layers", 80, low=0)
-    kinds = layer_types(
-        c, [SLIDING if window and i >= late else FULL for i in range(layers)], (SLIDING, FULL)
-    )
+    kinds = layer_types(c, [SLIDING if window and i >= late else FULL for i in range(layers)], (SLIDING, FULL))
 
     def block(kind: str) -> Block:
         rows, mixer = split_attention(

@@ -89,10 +89,7 @@ def split_layers(
 ) -> tuple[Linear, ...]:
     """A ViT layer with q, k, v apart and a two-matrix MLP."""
     return (
-        *(
-            linear(f"{path}self_attn.{name}", h, h, layers, bias)
-            for name in ("q_proj", "k_proj", "v_proj", out)
-        ),
+        *(linear(f"{path}self_attn.{name}", h, h, layers, bias) for name in ("q_proj", "k_proj", "v_proj", out)),
         linear(path + "mlp.fc1", h, inner, layers),
         linear(path + "mlp.fc2", inner, h, layers),
     )
@@ -144,10 +141,7 @@ def pixtral(v: Config) -> Tower:
     inner = v.size("intermediate_size", 4096)
     path = "vision_tower.transformer.layers."
     rows = (
-        *(
-            linear(f"{path}attention.{name}", h, h, layers, False)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        ),
+        *(linear(f"{path}attention.{name}", h, h, layers, False) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
         linear(path + "feed_forward.gate_proj", h, inner, layers, False),
         linear(path + "feed_forward.up_proj", h, inner, layers, False),
         linear(path + "feed_forward.down_proj", inner, h, layers, False),

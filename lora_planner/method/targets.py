@@ -241,9 +241,7 @@ def _refused(model: Model, found: list[Adapter], strict: bool) -> Iterator[tuple
                "Train with another library, or leave it out of --targets.")  # fmt: skip
 
 
-def _notes(
-    model: Model, method: Method, found: list[Adapter], missed: list[str]
-) -> Iterator[tuple[str, str, str]]:
+def _notes(model: Model, method: Method, found: list[Adapter], missed: list[str]) -> Iterator[tuple[str, str, str]]:
     if missed:
         yield ("W-TARGET-MISSED", f"{', '.join(missed)} hit nothing", "Correct the names in --targets.")
     widest = max(min(a.linear.d_in, a.linear.d_out) for a in found)
