@@ -1,7 +1,9 @@
 """Named errors. Each one says what is wrong, where, and what to do next, on one line.
 
 The exit codes are a promise to scripts and CI: 0 ok, 1 internal bug, 2 usage, 3 input
-rejected, 4 infeasible, 5 over budget, 6 environment missing.
+rejected, 4 infeasible, 5 over budget, 6 environment missing, 7 a prediction or claim failed,
+8 undecided, 9 a run failed and was saved, 10 locked by another run, 130 and 143 stopped by a signal
+after saving.
 """
 
 from __future__ import annotations
@@ -69,6 +71,24 @@ class EnvironmentMissing(LoraPlanError):
     """An optional library, a network or a device that this call needs."""
 
     exit_code = 6
+
+
+class RunFailed(LoraPlanError):
+    """A run could not go on; what was finished before it is on disk."""
+
+    exit_code = 9
+
+
+class Locked(LoraPlanError):
+    """Another process works in the same directory."""
+
+    exit_code = 10
+
+
+class Stopped(LoraPlanError):
+    """A signal ended the work after saving; 130 for SIGINT, 143 for SIGTERM."""
+
+    exit_code = 130
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
