@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from lora_planner.errors import BadInput, UnsupportedAdapter
 from lora_planner.method import Method
-from lora_planner.method.targets import adapter_table
+from lora_planner.method.targets import REWRITTEN, adapter_table
 from lora_planner.model import PARAMETER, Model
 from lora_planner.params import trainable_params
 
@@ -23,17 +23,29 @@ def lora_config(model: Model, method: Method) -> LoraConfig:
     No dropout, no bias, peft's own init: A uniform in +-1/sqrt(d_in), B zero.
     """
     adapters = adapter_table(model, method).adapters
+    if method.targets == ("peft-all-linear",):
+        return _config(method, "all-linear", None)
     if any(a.linear.group == "experts" and not a.fused for a in adapters):
         raise UnsupportedAdapter(
             f"peft trains no {method.experts} adapters on fused expert tensors", "--experts", "Use --experts fused."
         )
     modules = sorted({a.linear.name for a in adapters if a.linear.kind != PARAMETER})
     parameters = sorted({a.linear.name for a in adapters if a.linear.kind == PARAMETER})
+    moved = {name for name in modules if name.rsplit(".", 1)[-1] in REWRITTEN.get(model.peft_experts, {})}
+    if moved:
+        raise UnsupportedAdapter(
+            f"peft moves adapters of {', '.join(sorted(moved))} onto the fused experts", "--targets",
+            "Use --targets attention or experts, or peft-all-linear for what peft makes of it.",
+        )  # fmt: skip
+    return _config(method, modules, parameters or None)
+
+
+def _config(method: Method, modules: str | list[str], parameters: list[str] | None) -> LoraConfig:
     return LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]  # peft's hint says int, its arithmetic does not
         target_modules=modules,
-        target_parameters=parameters or None,
+        target_parameters=parameters,
         use_rslora=method.name == "rslora",
         use_dora=method.name == "dora",
         lora_dropout=0.0,

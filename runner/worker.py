@@ -46,7 +46,6 @@ def main() -> None:
 
     import torch
 
-    from lora_planner.errors import LoraPlanError
     from lora_planner.record import FAILED, RunSpec
     from runner.execute import Outcome, Place, execute
     from runner.measure import environment
@@ -59,7 +58,7 @@ def main() -> None:
         save_to = Path(job["save_to"]) if job.get("save_to") else None
         try:
             outcome = execute(spec, Place.from_json(job["place"]), tell, stopping.is_set, save_to)
-        except (LoraPlanError, Exception) as error:  # a bug in one run must not take the others with it
+        except Exception as error:  # a bug in one run must not take the others with it
             outcome = Outcome(FAILED, {}, f"{type(error).__name__}: {str(error).strip()[:300]}")
         tell({"ended": asdict(outcome)})
 
