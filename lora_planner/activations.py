@@ -79,12 +79,16 @@ class Setup:
     """How the layers run. `autocast`: matrices cast their fp32 inputs and weights to bf16.
 
     `width`: bytes of an activation; 4 where norms are fp32 and nothing casts back (QLoRA as peft prepares it).
+    `fp32`: weights are too, so that tensors are shared which 16 bit would copy. Measured on a CPU.
+    `repeats`: k and v are repeated for grouped queries, as transformers does whenever there is a mask.
     """
 
     attention: str = "sdpa"
     autocast: bool = False
     padded: bool = False
     width: int = BF16
+    fp32: bool = False
+    repeats: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,9 @@ def in_flight(model: Model, method: Method, setup: Setup) -> tuple[Kept, Kept]:
         MLP: F width (gate, up, product) + 4 F where down's A is fp32 + 2 H width
         eager attention: (4 + 4) N S      gradients of the softmax and of the scores, a third in fp32
 
+    In fp32 one F less where the product is kept for a trained down, which is undone and gone before gate
+    and up are; and one H less: the gradient of the residual is that of the MLP's output.
+
     When attention is undone what the MLP kept is gone. Assumed: read off the operations' order.
     """
     trained = Trained.of(model, method)
@@ -149,10 +156,11 @@ def in_flight(model: Model, method: Method, setup: Setup) -> tuple[Kept, Kept]:
         for row in block.linears:
             if row.group in ("mlp_dense", "shared", "experts") and row.reads[0] != "in":
                 cast = FP32 if row.name in trained.adapters and casts(trained, setup) else 0
-                wide = max(wide, (3 * setup.width + cast) * row.d_in * max(row.used, row.computed))
+                gradients = 2 if setup.fp32 and (trained.full or row.name in trained.adapters) else 3
+                wide = max(wide, (gradients * setup.width + cast) * row.d_in * max(row.used, row.computed))
         if isinstance(block.mixer, Attention) and setup.attention == "eager":
             pair = max(pair, (2 if setup.width == BF16 else 3) * FP32 * block.mixer.heads)
-    residual = 2 * setup.width * model.hidden_size
+    residual = (1 if setup.fp32 else 2) * setup.width * model.hidden_size
     return Kept("mlp", wide + residual), Kept("attention", residual, pair)
 
 
@@ -208,7 +216,7 @@ def norm(weight: Weight, habit: Habit, full: bool, setup: Setup) -> Kept:
     if weight.kind == "layer":
         return Kept("norms", setup.width * weight.width + 2 * FP32)
     rows = max(1, weight.width // weight.params) if weight.params else 1
-    gain = (FP32 if habit.gain_fp32 or setup.autocast else BF16) if full else 0
+    gain = (FP32 if habit.gain_fp32 or setup.autocast or setup.fp32 else BF16) if full else 0
     return Kept("norms", (FP32 + gain) * weight.width + FP32 * rows)
 
 
@@ -224,7 +232,8 @@ def attention(mixer: Attention, linears: Iterable[Linear], habit: Habit, setup: 
     single head is a view too.
     """
     one_head = mixer.kv_heads == 1 and mixer.q != mixer.v
-    kv = mixer.kv_heads if setup.attention == "flash" or one_head else mixer.heads
+    grouped = setup.attention == "flash" or (setup.attention == "sdpa" and not setup.repeats)
+    kv = mixer.kv_heads if grouped or one_head else mixer.heads
     v = kv * mixer.v_head_dim
     if kv == mixer.kv_heads:
         v = max([v, *(row.d_out for row in linears if row.name == mixer.v[-1])])
@@ -360,6 +369,6 @@ def head(model: Model, method: Method, setup: Setup) -> float:
     kept = norm(last, habit, trained.full, setup).token if last else 0.0
     wrapped = model.head.name in trained.adapters
     if trained.full or wrapped:
-        kept += (FP32 if wrapped and trained.adapter_bytes == FP32 else BF16) * model.head.d_in
+        kept += (FP32 if setup.fp32 or (wrapped and trained.adapter_bytes == FP32) else BF16) * model.head.d_in
     dims = [b.mixer.qk_head_dim for b in model.blocks if isinstance(b.mixer, Attention)]
-    return kept + (2 * BF16 * max(dims) if dims else 0) + INT64
+    return kept + (2 * (FP32 if setup.fp32 else BF16) * max(dims) if dims else 0) + INT64

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_planner import __version__
-from lora_planner.errors import BadInput, LoraPlanError, UsageError
+from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
 
 if TYPE_CHECKING:
     from lora_planner.plan import Configuration, Job, Plan, Priced
@@ -75,7 +75,7 @@ FINE = options(
                  default="adamw", show_default=True),
     click.option("--loss", type=click.Choice(["full", "chunked"]), default="full", show_default=True,
                  help="Logits of all tokens at once, or in chunks."),
-    click.option("--stack", default="hf-trl", show_default=True, help="Software whose speed to assume."),
+    click.option("--stack", help="Software whose speed to assume; default: lora-plan on a calibrated GPU, else hf-trl."),
 )  # fmt: skip
 JOB = options(
     click.option("--data", metavar="FILE", help="JSONL or Parquet: messages, prompt/completion or text."),
@@ -233,6 +233,144 @@ def gpus(as_json: bool, prices: str | None) -> None:
         render.show_rows("gpus", rows)
 
 
+RUNS = options(
+    click.option("--model", metavar="DIR|ID", help="Your model: a directory with safetensors, or a hub id."),
+    click.option("--data", metavar="FILE", help="Your data: JSONL or Parquet; default: text found on every machine."),
+    click.option("--base", metavar="NAME", help="A small base, pre-trained here once: qwen3-1m, llama-1m, moe-2m ..."),
+    click.option("--out", metavar="DIR", default="lora-plan-runs", show_default=True, help="Where runs are recorded."),
+)  # fmt: skip
+
+
+@main.command()
+@options(RUNS, OFFLINE, JSON)
+@click.option("--ranks", default="1,4,16", show_default=True, metavar="N[,N]")
+@click.option("--steps", type=click.IntRange(2), default=60, show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--rates", type=click.IntRange(2), default=4, show_default=True, help="Learning rates an arm.")
+def verify(as_json: bool, out: str, ranks: str, steps: int, seeds: int, rates: int, **words: Any) -> None:
+    """Run LoRA and full fine-tuning here, hold what was predicted against what is measured.
+
+    Stopped or killed, the same command goes on. Exit code 7: a prediction failed; 8: undecided.
+
+    \b
+    lora-plan verify
+    lora-plan verify --model ./qwen3-0.6b --data chats.jsonl --ranks 8,32 --steps 200
+    """
+    from lora_planner import render
+
+    runner = _runner()
+    scene = _scene(runner, out, words)
+    runs = runner.run(scene, runner.arms(scene, _ranks(ranks), steps, seeds, rates))
+    from calibrate.score import scores
+    from calibrate.verdict import arms, exit_code, verdicts
+    from runner.sweep import require_finished
+
+    require_finished(runs)
+    found = verdicts(runs, scores(runs))
+    code = exit_code(found)
+    if as_json:
+        document = {"verdicts": found, "arms": arms(runs), "base": scene.source.key, "device": scene.gpu.name}
+        click.echo(render.to_json(render.envelope(render.plain(document), inputs=words, exit_code=code)))
+    else:
+        render.show_verification(scene.gpu, scene.source.key, arms(runs), found, out)
+    sys.exit(code)
+
+
+@main.command()
+@options(RUNS, OFFLINE, JSON)
+def calibrate(as_json: bool, out: str, **words: Any) -> None:
+    """Probe this GPU or CPU for a minute or two; later plans use what it measured.
+
+    \b
+    lora-plan calibrate
+    lora-plan calibrate --model ./qwen3-0.6b --data chats.jsonl
+    """
+    from lora_planner import render
+
+    runner = _runner()
+    scene = _scene(runner, out, words)
+    runs = runner.run(scene, [*runner.probes(scene), *runner.checks(scene)])
+    from calibrate import constants, probe
+    from lora_planner import facts
+    from lora_planner.predict import predict
+    from lora_planner.record import read_runs
+    from lora_planner.throughput import OWN_STACK, stack
+
+    # all runs of this base on this device: also those of an earlier `verify` tell how good the fit is
+    here = [run for run in read_runs(Path(out) / "runs.jsonl")
+            if run.spec.base == scene.source.key and run.spec.device == scene.device]  # fmt: skip
+    before = dict(stack(OWN_STACK, scene.gpu).rows)
+    rows, memory = probe.fit(runs, scene.gpu), probe.fit_memory(runs, scene.gpu)
+    path = constants.write(rows, facts.home(), memory=memory, gpus=[scene.gpu])
+    after = {run.key: predict(run.spec, run.config, scene.gpu) for run in here}
+    errors = probe.errors(here, {run.key: run.predicted for run in here}, after)
+    if as_json:
+        document = {"device": scene.gpu.name, "constants": [*rows, *memory], "errors": errors, "file": path.name}
+        click.echo(render.to_json(render.envelope(render.plain(document), inputs=words)))
+    else:
+        render.show_calibration(scene.gpu, before, [*rows, *memory], errors, str(path))
+
+
+@main.command()
+@click.argument("journals", nargs=-1, metavar="[RUNS.jsonl]...")
+@click.option("--to", metavar="FILE", help="Write the page here instead of to the terminal.")
+def report(journals: tuple[str, ...], to: str | None) -> None:
+    """The scoreboard: predicted when planned, measured, ratio; every run counted.
+
+    \b
+    lora-plan report lora-plan-runs/runs.jsonl --to reports/scoreboard.md
+    """
+    from calibrate.score import scoreboard, scores
+    from calibrate.verdict import arm_table, arms
+    from lora_planner.record import merge, read_events
+
+    events = []
+    for name in journals or ("lora-plan-runs/runs.jsonl",):
+        if not Path(name).is_file():
+            raise BadInput("there is no such journal", name, "Run `lora-plan verify` first, or name its runs.jsonl.")
+        found, skipped = read_events(Path(name))
+        events += found
+        for number, why in skipped:
+            click.echo(f"lora-plan: skipped line {number} of {Path(name).name}: {why}", err=True)
+    runs = list(merge(events).values())
+    page = "\n".join(
+        [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
+    )
+    if to:
+        Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")
+    else:
+        click.echo(page)
+
+
+def _runner() -> Any:
+    """The module that runs things, or what to install."""
+    try:
+        import runner.verify
+    except ImportError as error:
+        if error.name and error.name.split(".")[0] == "runner":
+            raise
+        raise EnvironmentMissing(f"{error.name} is not installed", "runner", "pip install 'lora-plan[train]'") from None
+    return runner.verify
+
+
+def _scene(runner: Any, out: str, words: dict[str, Any]) -> Any:
+    from calibrate import constants
+    from lora_planner import facts
+
+    home = facts.home()
+    scene = runner.prepare(Path(out), home, words["model"], words["data"], words["base"], words["offline"])
+    if scene.gpu.form == facts.CPU and scene.gpu.name not in {g.name for g in facts.gpus()}:
+        constants.write([], home, gpus=[scene.gpu])  # so that every later plan can name this processor
+    return scene
+
+
+def _ranks(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdigit() and int(word) for word in words):
+        raise UsageError(f"--ranks {text}: expected whole numbers", "", "Use --ranks 1,4,16.")
+    return [int(word) for word in words]
+
+
 # ---------------------------------------------------------------- words into types
 
 
@@ -263,10 +401,12 @@ def _configuration(words: dict[str, Any]) -> Configuration:
     from lora_planner.method import method
     from lora_planner.model_source import load_model
     from lora_planner.plan import Configuration
+    from lora_planner.throughput import DEFAULT_STACK, default_stack
 
     name, targets = _needed(words, "model"), _text(words, "targets")
     if not isinstance(name, str):
         raise BadInput(f"model: expected text, got {name!r}", "configuration", "Put it in quotes.")
+    card = gpu(_text(words, "gpu")) if words.get("gpu") else None
     return Configuration(
         load_model(name, offline=bool(words.get("offline"))),
         method(
@@ -276,14 +416,14 @@ def _configuration(words: dict[str, Any]) -> Configuration:
             tuple(t.strip() for t in targets.split(",") if t.strip()),
             _text(words, "experts"),
         ),
-        gpu(_text(words, "gpu")) if words.get("gpu") else None,
+        card,
         _number(words, "micro_batch", int),
         _number(words, "seq_len", int),
         checkpointing=_text(words, "checkpointing"),
         attention=_text(words, "attention"),
         optimizer=_text(words, "optimizer"),
         loss=_text(words, "loss"),
-        stack=_text(words, "stack"),
+        stack=_text(words, "stack") if words.get("stack") else default_stack(card) if card else DEFAULT_STACK,
     )
 
 

@@ -2,24 +2,32 @@
 
 `data/gpus.toml` and `data/prices.toml` speak the datasheet's units; this file converts once to bytes,
 bytes/s and FLOP/s. To add a GPU, append a block there; nothing here changes.
+
+`measured.json` in `home()` holds what was measured on the user's own machines. Its rows come before the
+packaged ones: the runner and calibrate/ write it, everything here only reads.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cache
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from lora_planner.errors import BadInput, UnknownName, nearest
 from lora_planner.ledger import ASSUMED, BASES, EXACT
 from lora_planner.units import MIB
 
 DATA = Path(__file__).parent / "data"
+HOME_VARIABLE = "LORA_PLAN_HOME"
+MEASURED = "measured.json"
+MEASURED_SCHEMA = 1
 
 COMMITMENTS = ("on-demand", "spot", "reserved")
 #: from this age on a price is called stale (GPU list prices moved by tens of percent within a year)
@@ -27,6 +35,8 @@ STALE_DAYS = 30
 #: a price above this is a typing error; the dearest list price seen is about 15 USD
 MAX_USD_PER_GPU_HOUR = 1000.0
 MAX_FILE_BYTES = 1 << 20
+
+CPU = "cpu"  # the `form` of a device whose kernels the host itself executes
 
 GPU_BLOCK = "a block with reported_as, memory_mib, hbm_tb_per_s, tflops, form, source, as_of"
 
@@ -86,13 +96,107 @@ class Constant:
     source: str
 
 
+# ---------------------------------------------------------------- what was measured here
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_REMEMBERED: list[Callable[[], None]] = []
+
+
+def remembered(function: Callable[P, T]) -> Callable[P, T]:
+    """functools.cache for what depends on `measured()`: `forget` empties it."""
+    found = cache(function)
+    _REMEMBERED.append(found.cache_clear)
+    return cast(Callable[P, T], found)
+
+
+def forget() -> None:
+    """Read `measured.json` again at the next question: after it was written, or `home()` moved."""
+    for clear in _REMEMBERED:
+        clear()
+
+
+def home() -> Path:
+    """Where the user's own measurements and cached models live: $LORA_PLAN_HOME, else ~/.lora-plan."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".lora-plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The rows of one `measured.json`. `memory` rows override those of memory_constants.json, by GPU and stack."""
+
+    gpus: tuple[Gpu, ...] = ()
+    constants: tuple[Constant, ...] = ()
+    memory: tuple[Constant, ...] = ()
+
+
+@remembered
+def measured() -> Measured:
+    """The user's own rows; none where nothing was measured."""
+    return read_measured(home() / MEASURED)
+
+
+def read_measured(path: Path) -> Measured:
+    """A `measured.json`, every row checked; a damaged one is refused, never half used."""
+    try:
+        if not path.exists():
+            return Measured()
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != MEASURED_SCHEMA:
+            raise ValueError(f"schema {document['schema']!r} is unknown here")
+        return Measured(
+            tuple(device(row) for row in document.get("gpus", [])),
+            tuple(_measured_constant(row) for row in document.get("constants", [])),
+            tuple(_measured_constant(row) for row in document.get("memory", [])),
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = "not JSON" if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__}: {str(error)[:80]}"
+        fix = "Delete the file and measure again: lora-plan calibrate."
+        raise BadInput(f"the file of measured constants is damaged, {why}", str(path), fix) from None
+
+
+def device(row: Mapping[str, Any]) -> Gpu:
+    """A measured device from a row with the keys of `data/gpus.toml` and its name, or ValueError."""
+    found = _gpu(str(row["name"]), {**row, "as_of": date.fromisoformat(row["as_of"])})
+    rates = (found.memory_bytes, found.hbm_bytes_per_s, *found.peak_flops_per_s.values())
+    if not found.peak_flops_per_s or not all(isfinite(rate) and rate > 0 for rate in rates):
+        raise ValueError(f"device {found.name!r} has no positive peaks")
+    return found
+
+
+def device_row(g: Gpu) -> dict[str, Any]:
+    """The inverse of `device`."""
+    return {
+        "name": g.name,
+        "reported_as": list(g.reported_as),
+        "memory_mib": g.memory_bytes // MIB,
+        "hbm_tb_per_s": g.hbm_bytes_per_s / 1e12,
+        "tflops": {dtype: peak / 1e12 for dtype, peak in g.peak_flops_per_s.items()},
+        "form": g.form,
+        "source": g.source,
+        "as_of": g.as_of.isoformat(),
+    }
+
+
+def _measured_constant(row: Mapping[str, Any]) -> Constant:
+    found = Constant(**row)
+    _check(found)
+    return found
+
+
 # ---------------------------------------------------------------- GPUs
 
 
-@cache
+@remembered
 def gpus() -> tuple[Gpu, ...]:
-    """Every GPU of `data/gpus.toml`, in the file's order."""
-    return tuple(_gpu(name, row) for name, row in _packaged_toml("gpus.toml").items())
+    """Every GPU of `data/gpus.toml`, in the file's order, then the devices that were measured here.
+
+    A measured row of a packaged name replaces it; a name that a packaged card is reported as stays with it.
+    """
+    packaged = tuple(_gpu(name, row) for name, row in _packaged_toml("gpus.toml").items())
+    own = measured().gpus
+    names = {g.name for g in own}
+    return tuple(g for g in packaged if g.name not in names) + own
 
 
 def gpu(name: str) -> Gpu:
@@ -131,7 +235,7 @@ def gpu_candidates(name: str) -> list[str]:
     wanted = _squeezed(name)
     if not wanted:
         return []
-    parts = {g.name: next(part for part in g.name.split("-") if _has_digit(part)) for g in gpus()}
+    parts = {g.name: next((part for part in g.name.split("-") if _has_digit(part)), g.name) for g in gpus()}
     hits = {known: part for known, part in parts.items() if part in wanted}
     longest = max(map(len, hits.values()), default=0)  # "a100" holds "a10" too
     sharing = [known for known, part in hits.items() if len(part) == longest]
@@ -146,7 +250,7 @@ def _squeezed(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-@cache
+@remembered
 def _gpu_by_any_name() -> dict[str, Gpu]:
     table: dict[str, Gpu] = {}
     for row in gpus():
@@ -289,15 +393,21 @@ def _one_of(value: object, allowed: Iterable[str], where: str) -> str:
 # ---------------------------------------------------------------- constants
 
 
-@cache
+@remembered
 def constants() -> tuple[Constant, ...]:
-    """Every row of `data/constants.json`, checked: low <= value <= high and a known basis."""
+    """Every row of `data/constants.json`, overridden by the user's own of the same name, stack and GPU."""
     document = json.loads(_packaged("constants.json"))
     rows = tuple(Constant(**row) for row in document["constants"])
     for row in rows:
-        if not row.low <= row.value <= row.high or row.basis not in BASES:
-            raise BadInput(f"constant {row.name!r} of {row.stack!r} is inconsistent", "data/constants.json")
-    return rows
+        _check(row)
+    own = {(row.name, row.stack, row.gpu) for row in measured().constants}
+    return tuple(row for row in rows if (row.name, row.stack, row.gpu) not in own) + measured().constants
+
+
+def _check(row: Constant) -> None:
+    """low <= value <= high and a known basis, or ValueError."""
+    if not row.low <= row.value <= row.high or row.basis not in BASES or not isfinite(row.high - row.low):
+        raise ValueError(f"constant {row.name!r} of {row.stack!r} on {row.gpu!r} is inconsistent")
 
 
 def _packaged(name: str) -> str:

@@ -16,7 +16,7 @@ Letters: T = micro_batch * seq_len tokens, V vocabulary, H hidden_size, P traina
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
@@ -27,6 +27,7 @@ from typing import NamedTuple, TypedDict, Unpack
 from lora_planner import activations
 from lora_planner.activations import BF16, FP32, Setup
 from lora_planner.errors import BadInput, UnknownName, nearest
+from lora_planner.facts import measured, remembered
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table, experts
@@ -37,7 +38,7 @@ from lora_planner.units import gib
 CHECKPOINTING = ("none", "full")
 ATTENTION = ("eager", "sdpa", "flash")
 LOSS = ("full", "chunked")
-FULL_PRECISION = ("mixed", "bf16")
+FULL_PRECISION = ("mixed", "bf16", "fp32")
 #: a plan that is called fitting: the 95 % end of its interval is inside the memory
 MIN_P_FIT = 0.95
 #: a max length below this share of the present one is no answer to "what would fit"
@@ -48,18 +49,21 @@ SHORTEST = 0.5
 class Optimizer:
     """Per trainable parameter: states in its own dtype (m and v: 2), and `fixed` bytes of other states.
 
-    `temporary`: parameter-sized temporaries while it steps.
+    `temporary`: parameter-sized temporaries while it steps. `largest`: temporaries of the size of the
+    largest trained tensor, where one tensor is updated after the other.
     """
 
     per_dtype_byte: float
     fixed: float
     temporary: float
+    largest: float = 0
 
 
 # fmt: off
 OPTIMIZERS = {
     "adamw":         Optimizer(2, 0, 1),  # torch's default on a GPU is foreach
     "adamw-foreach": Optimizer(2, 0, 1),  # _foreach_sqrt(v) is a copy of all of v
+    "adamw-loop":    Optimizer(2, 0, 0, 2),  # torch's default on a CPU: sqrt(v), and its quotient
     "adamw-fused":   Optimizer(2, 0, 0),
     "adamw-8bit":    Optimizer(0, 2 * (1 + 4 / 256), 0),  # blocks of 256 with an fp32 scale each
 }
@@ -82,6 +86,7 @@ class Options(TypedDict, total=False):
     keep_logits: bool
     accumulate: bool
     upcast: bool
+    known: Mapping[str, Constant] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,15 @@ class Constant:
     source: str
 
 
-@lru_cache(maxsize=1)
-def constants() -> dict[str, Constant]:
+@remembered
+def constants(gpu: str = "", stack: str = "") -> dict[str, Constant]:
+    """The packaged rows, overridden by the user's own of this GPU and stack."""
     rows = json.loads((Path(__file__).parent / "data" / "memory_constants.json").read_text())["constants"]
-    return {row["name"]: Constant(**row) for row in rows}
+    found = {row["name"]: Constant(**row) for row in rows}
+    for own in measured().memory:
+        if (own.gpu, own.stack) == (gpu, stack):
+            found[own.name] = Constant(own.name, own.value, own.low, own.high, own.basis, own.n, own.source)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +229,7 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
     trainable = trainable_params(model, method)
     warnings: list[str] = []
     if method.is_full:
-        width = FP32 if full_precision == "mixed" else BF16
+        width = BF16 if full_precision == "bf16" else FP32
         base, adapters = float(width * (model.total - model.groups["vision"])), 0.0
         base += BF16 * model.groups["vision"]  # a tower that text never passes is left frozen
         trainable -= model.groups["vision"]
@@ -227,17 +237,22 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
             warnings.append("the vision tower is counted as frozen weights: text passes no gradient through it")
         matrices = sum(row.params for row in model.linears) + model.head.params
         cast = BF16 * matrices if setup.autocast else 0.0
-        stream = FP32 if full_precision == "mixed" else BF16
+        stream = BF16 if full_precision == "bf16" else FP32
         last = model.blocks[model.order[0]]
         late = float(width) * (sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params))
         summed = 2.0 * width * model.embed.params if model.tied else 0.0
+        rows = [row for block in model.blocks for row in block.linears]
+        sizes = [row.d_in * row.d_out * (row.count if row.kind == PARAMETER else 1) for row in rows]
+        largest = max(model.embed.params, model.head.d_in * model.head.d_out, *sizes)
     else:
         late = summed = 0.0
         width = BYTES[method.adapter_dtype]
         base, rest = weights(model, method.base_dtype, upcast)
         adapters = float(stored_params(model, method) * width)
         cast = BF16 * adapters / width if setup.autocast and width == FP32 else 0.0
-        stream = FP32 if upcast else BF16
+        stream = FP32 if upcast or setup.fp32 else BF16
+        largest = max((a.rank * max(a.linear.d_in, a.linear.d_out) for a in adapter_table(model, method).adapters),
+                      default=0)  # fmt: skip
         if method.base_dtype in QUANTISED_BITS:
             warnings += _quantisation_warnings(model, rest, upcast)
         if any(a.fused for a in adapter_table(model, method).adapters):
@@ -253,7 +268,7 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
         adapters=adapters,
         grads=float(trainable * width),
         states=trainable * (opt.per_dtype_byte * width + opt.fixed),
-        temporary=trainable * opt.temporary * width,
+        temporary=(trainable * opt.temporary + largest * opt.largest) * width,
         cast=cast,
         dequantised=dequantised(model, method.base_dtype) if not method.is_full else 0,
         stream=stream,
@@ -298,22 +313,27 @@ def memory(
     accumulate: bool = False,
     upcast: bool = False,
     gpu_memory_bytes: float | None = None,
+    known: Mapping[str, Constant] | None = None,
 ) -> MemoryPlan:
     """Peak memory of one training step on one GPU, by phase and term.
 
     full_precision: "mixed" is fp32 weights under bf16 autocast, 16 bytes a parameter with its gradient and
     AdamW's states; "bf16" is a model loaded and trained in bf16, 8 bytes a parameter.
     autocast: matrices cast fp32 inputs to bf16, as Trainer(bf16=True) does with fp32 adapters.
-    padded: the batch needs an attention mask; by default where it has more than one sample.
+    "fp32": nothing is cast, 16 bytes a parameter; LoRA is so on a float32 base without autocast.
+    padded: the batch needs an attention mask; by default where it has more than one sample. False: there is
+    surely none, so that k and v are not repeated for grouped queries either.
     keep_logits: the loop holds the model's output while it calls backward (`out.loss.backward()`).
     accumulate: gradients of an earlier micro-batch are alive. upcast: see `weights`.
+    known: fitted constants of one GPU and stack; by default those of `constants()`.
     """
     _check(micro_batch, seq_len, checkpointing, attention, optimizer, loss, full_precision)
     mixed = method.is_full and full_precision == "mixed"
     is_padded = micro_batch > 1 if padded is None else padded
     upcast = upcast and method.base_dtype in QUANTISED_BITS and not method.is_full
-    width = FP32 if upcast and not autocast else BF16
-    setup = Setup(attention, autocast or mixed, is_padded, width)
+    fp32 = full_precision == "fp32" if method.is_full else method.base_dtype == "float32" and not autocast
+    width = FP32 if fp32 or (upcast and not autocast) else BF16
+    setup = Setup(attention, autocast or mixed, is_padded, width, fp32, padded is not False)
     s = shape(model, method, setup, optimizer, full_precision, upcast)
     tokens = micro_batch * seq_len
     pairs = tokens * seq_len
@@ -346,7 +366,9 @@ def memory(
         forward += cast  # autocast forgets them when it ends, unless the graph still needs them
 
     undone = _undone(s, tokens, pairs)
-    first = [*running, *kept, *output, *(undone if checkpointing == "full" else undone[1:])]
+    first = [*running, *kept, *output, *undone[1:]]
+    if checkpointing == "full":
+        first = [*running, *_without_own_input(kept, model, setup), *output, *undone]
     last = [*running, *output, *undone]
     end = [*running, *output]
     if s.summed:
@@ -359,7 +381,14 @@ def memory(
         stepping.append(Term("optimizer temporary", s.temporary, DERIVED, "memory.OPTIMIZERS"))
     backward = max((at_loss, first, last, end), key=_sum)
     phases = {"load": load, "forward": forward, "backward": backward, "optimizer": stepping}
-    return _plan(phases, s, gpu_memory_bytes)
+    return _plan(phases, s, gpu_memory_bytes, known or constants())
+
+
+def _without_own_input(kept: list[Term], model: Model, setup: Setup) -> list[Term]:
+    """Checkpoints beside a layer that is undone: in fp32 its own is the very input that its first norm keeps."""
+    if not setup.fp32:
+        return kept
+    return [replace(kept[0], value=kept[0].value * (1 - 1 / model.layers)), *kept[1:]]
 
 
 def _sum(terms: list[Term]) -> float:
@@ -414,9 +443,8 @@ WHY = {
 }  # fmt: skip
 
 
-def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> MemoryPlan:
+def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None, known: Mapping[str, Constant]) -> MemoryPlan:
     """Add what the GPU takes besides tensors, and the interval that measurements leave."""
-    known = constants()
     ledgers, allocated = {}, {}
     for name, terms in phases.items():
         tensors = _sum(terms)
@@ -429,7 +457,7 @@ def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None) -> Me
         ledgers[name] = Ledger("memory", "B", terms + beside, f"one GPU, {name}")
         allocated[name] = tensors
     peak_phase = max(ledgers, key=lambda name: ledgers[name].total)
-    peak = interval(ledgers[peak_phase].total, s.base, s.scans)
+    peak = interval(ledgers[peak_phase].total, s.base, s.scans, known)
     return MemoryPlan(
         phases=ledgers,
         peak_phase=peak_phase,
@@ -445,7 +473,7 @@ def _fitted(name: str, c: Constant, of: float = 1.0) -> Term:
     return Term(name, c.value * of, c.basis, "memory.constants", c.low * of, c.high * of)
 
 
-def interval(peak: float, base: float, scans: bool) -> Estimate:
+def interval(peak: float, base: float, scans: bool, known: Mapping[str, Constant]) -> Estimate:
     """The 90 % interval of a peak.
 
         low  = max(base, peak * peak_ratio.low)
@@ -454,7 +482,6 @@ def interval(peak: float, base: float, scans: bool) -> Estimate:
     peak_ratio: measured over predicted, on sources that no other constant was fitted on. Models with
     state-space layers add, in quadrature, `peak_ratio_hybrid` of all that is not the base's weights.
     """
-    known = constants()
     ratio = known["peak_ratio"]
     below, above, basis = peak * (1 - ratio.low), peak * (ratio.high - 1), ratio.basis
     if scans:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import date
-from functools import lru_cache
 
 from lora_planner import batch as batches
 from lora_planner import capacity, flops, learning_rate
 from lora_planner.cost import Cost, cost
 from lora_planner.data_file import DataFacts
 from lora_planner.errors import BadInput, UnknownName, nearest
-from lora_planner.facts import Gpu, Price, gpu, prices
+from lora_planner.facts import CPU, Gpu, Price, gpu, prices, remembered
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.lengths import clipped, expected_longest
 from lora_planner.memory import MemoryPlan, memory
+from lora_planner.memory import constants as memory_constants
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table
 from lora_planner.model import Model
@@ -102,13 +102,15 @@ class Priced:
         return flops.break_even_rank(c.model, c.method, c.seq_len, c.attention, c.checkpointing, c.micro_batch)
 
 
-@lru_cache(maxsize=256)
+@remembered
 def _stack(name: str, gpu_name: str) -> Stack:
     return stack(name, gpu(gpu_name))
 
 
 def matmul_dtype(gpu: Gpu) -> str:
-    """bf16 where the hardware has it, else fp16 (T4, V100): what the stacks fall back to."""
+    """bf16 where the hardware has it, else fp16 (T4, V100): what the stacks fall back to; fp32 on a CPU."""
+    if gpu.form == CPU:
+        return "fp32"
     return "bf16" if "bf16" in gpu.peak_flops_per_s else "fp16"
 
 
@@ -136,6 +138,7 @@ def price(c: Configuration, book: PriceBook | None = None, run_tokens: float | N
         loss=c.loss,
         accumulate=c.accumulation > 1,
         gpu_memory_bytes=c.gpu.memory_bytes,
+        known=memory_constants(c.gpu.name, c.stack),
     )
     found.p_fit = found.memory.p_fit
     dtype = matmul_dtype(c.gpu)

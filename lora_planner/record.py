@@ -94,7 +94,9 @@ class RunSpec:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(document) - known)
         if unknown:
-            raise BadInput(f"a run spec with unknown fields {unknown}", "run spec", "Was it written by a newer version?")
+            raise BadInput(
+                f"a run spec with unknown fields {unknown}", "run spec", "Was it written by a newer version?"
+            )
         words = dict(document)
         words["task_args"] = tuple(sorted(words.get("task_args", {}).items()))
         words["targets"] = tuple(words.get("targets", ("all-linear",)))
@@ -114,7 +116,9 @@ class RunSpec:
         """What a person calls this run."""
         arm = self.method if self.method == "full" else f"{self.method} r{self.rank}"
         start = "" if self.init == "pretrained" else " from scratch"
-        return f"{self.task} {arm}{start} lr {self.lr:.1e} seed {self.seed}" + (f"+{self.repeat}" if self.repeat else "")
+        return f"{self.task} {arm}{start} lr {self.lr:.1e} seed {self.seed}" + (
+            f"+{self.repeat}" if self.repeat else ""
+        )
 
 
 @dataclass(slots=True)
@@ -254,7 +258,9 @@ def merge(events: Iterable[Json]) -> dict[str, RunRecord]:
             predicted = {name: Estimate(**e) for name, e in event["predicted"].items()}
             if key not in found:  # the first prediction is the one that counts
                 spec = RunSpec.from_json(event["spec"])
-                found[key] = RunRecord(key, spec, event["config"], predicted, planned_with=event.get("planned_with", ""))
+                found[key] = RunRecord(
+                    key, spec, event["config"], predicted, planned_with=event.get("planned_with", "")
+                )
             continue
         run = found.get(key)
         if run is None:

@@ -15,8 +15,10 @@ from lora_planner.errors import LoraPlanError
 from lora_planner.ledger import Estimate, Ledger, Term
 
 if TYPE_CHECKING:
+    from lora_planner.facts import Constant, Gpu
     from lora_planner.plan import Plan, Priced, Warning3
     from lora_planner.recommend import Advice
+    from lora_planner.record import Verdict
 
 SCHEMA = 1
 
@@ -608,3 +610,50 @@ def show_rows(title: str, rows: Sequence[Any]) -> None:
         table.add_row(*(_text(_cell(value)) for value in record.values()))
     console.print(table)
     console.print(_text(_dim(f"{len(records)} {title}")))
+
+
+def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequence[Verdict], out: str) -> None:
+    """Held-out losses by arm and rate, then a line a verdict. `arms`: calibrate.verdict.Arm."""
+    from rich.table import Table
+
+    console = _console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("arm", "held-out nats per token by learning rate", "best"):
+        table.add_column(heading, no_wrap=heading != "held-out nats per token by learning rate")
+    for arm in arms:
+        cells = [f"{rate:.1e} {loss:.3f}" for rate, loss in arm.losses.items()]
+        cells += [f"{rate:.1e} diverged" for rate in arm.diverged if rate not in arm.losses]
+        table.add_row(one_line(arm.name), "  ".join(cells), f"{arm.best[1]:.3f}" + ("" if arm.bracketed else " (edge)"))
+    console.print(_text(("base ", "bold"), base, ("  device ", "bold"), gpu.name, _dim("  runs "), _dim(one_line(out))))
+    console.print(table)
+    console.print()
+    colours = {"holds": "green", "fails": "red"}
+    console.print(
+        _grid([(v.claim, _text((v.status, colours.get(v.status, "yellow")), f"  {v.sentence}")) for v in verdicts])
+    )
+
+
+def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Constant], errors: Sequence[Any],
+                     path: str) -> None:  # fmt: skip
+    """Constants before and after, and errors on runs that the fit has not seen. `errors`: calibrate.probe.Errors."""
+    from rich.table import Table
+
+    console = _console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("constant", "before", "now", "runs"):
+        table.add_column(heading)
+    for row in rows:
+        old = before.get(row.name)
+        table.add_row(row.name, f"{old.value:.3g} [{old.low:.3g}, {old.high:.3g}]" if old else "",
+                      f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]", str(row.n))  # fmt: skip
+    console.print(_text((gpu.name, "bold")))
+    console.print(table)
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("runs not in the fit", "n", "median error", "worst error", "inside the 90 % interval"):
+        table.add_column(heading)
+    for e in errors:
+        table.add_row(e.quantity, str(e.n), f"{e.median_before:.1%} -> {e.median_after:.1%}",
+                      f"{e.worst_before:.1%} -> {e.worst_after:.1%}", f"{e.covered_before} -> {e.covered_after}")  # fmt: skip
+    console.print(table)
+    console.print(_text(_dim(f"written to {one_line(path)}; later plans for {gpu.name} use it")))

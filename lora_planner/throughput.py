@@ -7,6 +7,8 @@ A GPU does its work in `sum of terms` seconds, but no faster than the host can s
 
     step = max(matmul + adapters + attention + elementwise + optimizer + dequantise, kernels * launch)
 
+A CPU starts its kernels itself, so there the two are added.
+
 The efficiencies are rows of `data/constants.json`, fitted per software stack with the formulas of this
 file for the traffic and the kernels: a change of these formulas asks for a new fit.
 """
@@ -14,10 +16,9 @@ file for the traffic and the kernels: a change of these formulas asks for a new 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from lora_planner.errors import BadInput, UnknownName
-from lora_planner.facts import Constant, Gpu, constants
+from lora_planner.facts import CPU, Constant, Gpu, constants, measured, remembered
 from lora_planner.ledger import FITTED, Ledger, Term
 
 #: passes over the elements; recomputing adds another FORWARD
@@ -25,6 +26,28 @@ FORWARD, BACKWARD = 1, 2
 #: a weight in nf4 is read as half a byte, written as bf16, and read again by the matmul
 DEQUANTISE_BYTES = 4.5
 DEFAULT_STACK = "hf-trl"
+#: the runner's own loop: transformers and peft without a trainer around them
+OWN_STACK = "lora-plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that element-wise kernels read and write, per feature: `norm`, `rotary`, `mlp` (of its inner
+    width), `adapter_in`, `adapter_out`; per score of eager attention; per logit in the loss."""
+
+    norm: int
+    rotary: int
+    mlp: int
+    adapter_in: int
+    adapter_out: int
+    score: int
+    logit: int
+
+
+#: by bytes of an activation. In 16 bit, norms and the loss cast to fp32 and back, and so does an adapter's
+#: input; in fp32 nothing is cast: a norm is two squares, a mean and two products (28), the loss a log-softmax
+#: and its gradient (24)
+TRAFFIC = {2: Traffic(32, 20, 10, 14, 12, 16, 30), 4: Traffic(28, 40, 20, 0, 20, 24, 24)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +91,20 @@ class Stack:
         return self.rows[name].value
 
 
-@cache
+@remembered
 def stacks() -> tuple[str, ...]:
-    """The stacks that have measured rows."""
+    """The stacks that have rows."""
     return tuple(dict.fromkeys(row.stack for row in constants() if row.name == "matmul_efficiency"))
+
+
+def default_stack(gpu: Gpu) -> str:
+    """Our own loop where it was measured on this very GPU, else what most people run.
+
+    >>> default_stack(Gpu("none", (), 1, 1.0, {}, "cpu", "", None))
+    'hf-trl'
+    """
+    own = any(row.stack == OWN_STACK and row.gpu == gpu.name for row in measured().constants)
+    return OWN_STACK if own else DEFAULT_STACK
 
 
 def stack(name: str, gpu: Gpu) -> Stack:
@@ -94,16 +127,16 @@ def stack(name: str, gpu: Gpu) -> Stack:
 def elementwise_bytes(
     *, tokens: float, layers: int, hidden: int, attention: int, kv: int, intermediate: int, vocab: int,
     adapted_in: int = 0, adapted_out: int = 0, eager_scores: float = 0, residual_bytes: int = 2,
-    passes: int = FORWARD + BACKWARD,
+    passes: int = FORWARD + BACKWARD, element_bytes: int = 2,
 ) -> float:  # fmt: skip
     """Bytes that norms, rotary embedding, activation, residuals, adapters and the loss move.
 
-        layer = (64 + 6 residual_bytes) H + 20 (A + K) + 10 F + 8 (residual_bytes - 2) H
-        T * (passes * (L * layer + 14 adapted_in + 12 adapted_out + 16 eager_scores) + 30 V)   [bytes]
+        layer = (2 norm + 6 residual_bytes) H + rotary (A + K) + mlp F + 8 (residual_bytes - element_bytes) H
+        T * (passes * (L * layer + in adapted_in + out adapted_out + score eager_scores) + logit V)   [bytes]
 
-    Unfused kernels: a norm in fp32 reads and writes 32 bytes a feature, a residual three numbers, rotary
-    20 bytes, silu and the product 10. An adapter's input is cast to fp32 and back (14), its output scaled
-    and added (12). `adapted_*`: features into and out of all adapted matrices of the model.
+    Unfused kernels, `TRAFFIC` by `element_bytes`; in 16 bit: a norm in fp32 reads and writes 32 bytes a
+    feature, a residual three numbers, rotary 20 bytes, silu and the product 10. An adapter's input is cast
+    to fp32 and back (14), its output scaled and added (12). `adapted_*`: features into and out of all adapted matrices of the model.
     `eager_scores`: scores a token that eager attention writes out, L * heads * S, 0 for fused kernels.
     `residual_bytes`: 4 for a quantised base, whose residual stream `prepare_model_for_kbit_training`
     keeps in fp32. Loss: cast to fp32, log-softmax, its gradient and the cast back.
@@ -112,10 +145,11 @@ def elementwise_bytes(
     >>> elementwise_bytes(tokens=1, layers=1, hidden=1, attention=0, kv=0, intermediate=0, vocab=1)
     258.0
     """
-    layer = (64 + 6 * residual_bytes + 8 * (residual_bytes - 2)) * hidden + 20 * (attention + kv)
-    layer += 10 * intermediate
-    moved = layers * layer + 14 * adapted_in + 12 * adapted_out + 16 * eager_scores
-    return float(tokens * (passes * moved + 30 * vocab))
+    t = TRAFFIC[element_bytes]
+    layer = (2 * t.norm + 6 * residual_bytes + 8 * (residual_bytes - element_bytes)) * hidden
+    layer += t.rotary * (attention + kv) + t.mlp * intermediate
+    moved = layers * layer + t.adapter_in * adapted_in + t.adapter_out * adapted_out + t.score * eager_scores
+    return float(tokens * (passes * moved + t.logit * vocab))
 
 
 def kernel_count(
@@ -175,7 +209,8 @@ def launch_floor_s(work: Work, stack: Stack) -> float:
 def step_time(work: Work, gpu: Gpu, stack: Stack) -> Ledger:
     """Seconds of one optimizer step on one GPU, by cause; `estimate()` has the 90 % interval.
 
-        max(gpu work, launch floor)   [s]
+        GPU: max(gpu work, launch floor)   [s]
+        CPU: work + launch floor, for the host that starts a kernel executes it too: nothing overlaps
 
     What the GPU waits for the host is its own term. The last term is zero and carries the spread of
     measured over predicted times of this stack; its lower end stops at the compute roofline.
@@ -199,12 +234,13 @@ def step_time(work: Work, gpu: Gpu, stack: Stack) -> Ledger:
     )
     terms = [Term(name, s, stack.rows[by].basis, "throughput.step_time", note=by) for name, s, by in parts]
     busy = sum(term.value for term in terms)
-    waiting = max(0.0, launch_floor_s(work, stack) - busy)
+    floor = launch_floor_s(work, stack)
+    name, waiting = ("starting kernels", floor) if gpu.form == CPU else ("waiting for launches", max(0.0, floor - busy))
     total = busy + waiting
     spread = stack.rows["spread"]
     low = max(total * spread.low, min(total, roofline_s(work, gpu)))
     launch = stack.rows["launch_s"].basis
-    terms.append(Term("waiting for launches", waiting, launch, "throughput.launch_floor_s", note="launch_s"))
+    terms.append(Term(name, waiting, launch, "throughput.launch_floor_s", note="launch_s"))
     above = total * (spread.high - 1)
     terms.append(Term("spread", 0.0, FITTED, "throughput.step_time", low - total, above, spread.source))
     return Ledger("step time", "s", terms, f"stack {stack.name}, {gpu.name}, {work.dtype}, padded tokens")

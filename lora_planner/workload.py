@@ -12,6 +12,8 @@ from lora_planner.model import LINEAR, Attention, Model
 from lora_planner.params import BYTES, trainable_params
 from lora_planner.throughput import BACKWARD, FORWARD, Work, adamw_bytes, elementwise_bytes, kernel_count
 
+#: bytes of a weight as the matmul reads it, and of an activation
+ELEMENT_BYTES = {"fp32": 4, "tf32": 4}
 MLP = ("mlp_dense", "shared", "experts", "latent")
 
 
@@ -76,6 +78,8 @@ def work(
 ) -> Work:
     """One optimizer step of `accumulation` micro-batches, each padded to `seq_len`.
 
+    dtype: of the matmuls. "fp32": weights and activations are four bytes wide and nothing is cast.
+
     Source: flops.split for the products, throughput.py for traffic and launches.
     """
     parts = split(model, method, seq_len, attention, checkpointing, micro_batch)
@@ -89,6 +93,7 @@ def work(
         scores = parts.scores_forward + parts.scores_backward
     else:  # a fused kernel skips what the mask hides
         scores = parts.scores_visible_forward + parts.scores_visible_backward
+    element = ELEMENT_BYTES.get(dtype, 2)
     trained_bytes = 4 if method.is_full else BYTES[method.adapter_dtype]
     return Work(
         tokens=tokens,
@@ -107,10 +112,11 @@ def work(
             adapted_in=widths.adapted_in,
             adapted_out=widths.adapted_out,
             eager_scores=widths.heads * seq_len if attention == "eager" else 0,
-            residual_bytes=4 if method.base_dtype == "nf4" else 2,
+            residual_bytes=4 if method.base_dtype == "nf4" else element,
             passes=passes,
+            element_bytes=element,
         ),
-        weight_bytes_read=2.0 * widths.matrix_params * reads * accumulation,
+        weight_bytes_read=float(element) * widths.matrix_params * reads * accumulation,
         optimizer_bytes=adamw_bytes(trained, trained_bytes, 4),
         dequantised_params=widths.quantised_params * (passes - 1) * accumulation,
         kernels=kernel_count(

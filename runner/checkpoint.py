@@ -54,7 +54,7 @@ def save(
 def load(directory: Path) -> tuple[int, Tensors, dict[str, Any], list[str]] | None:
     """Step, tensors, state of the newest whole checkpoint, and which newer ones were skipped and why.
 
-    None where there is none; the log then names the damaged ones.
+    None where none is whole. The damaged ones are logged too, or a run that starts over would do so silently.
     """
     skipped: list[str] = []
     for path in _newest_first(directory):

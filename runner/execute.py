@@ -20,11 +20,13 @@ from lora_planner import facts, flops
 from lora_planner.arch import from_config
 from lora_planner.errors import BadInput, LoraPlanError, UnknownName
 from lora_planner.model import Model
+from lora_planner.predict import PROBE
 from lora_planner.record import DIVERGED, FAILED, FINISHED, INTERRUPTED, INVALID, OOM, Json, RunSpec
 from runner import adapt, base, checkpoint, measure, tasks
 from runner.train import Diverged, Invalid, Objective, Progress, Supervised, noise_scale, optimizer_for, train
 
 Report = Callable[[Json], None]
+TEXTS = ("code", "shift", "jsonl")
 #: seconds of work that a kill may cost
 SAVE_EVERY_S = 20.0
 
@@ -183,7 +185,7 @@ def _execute(
     if isinstance(objective, Supervised):
         measured["longest"] = objective.longest()[:8]
         measured["norms"] = adapt.spectral_norms(module)
-        if spec.task != "probe":
+        if spec.task != PROBE:
             measured["noise_scale"] = noise_scale(objective, module)
     if device.type == "cpu":
         measured["peak_bytes"] = {"step": _cpu_step_peak(objective, optimizer, spec)}
@@ -193,7 +195,7 @@ def _execute(
 
 def _arguments(spec: RunSpec, place: Place, model: Model) -> Json:
     arguments = dict(spec.task_args)
-    if spec.task == "probe":
+    if spec.task == PROBE:
         arguments["vocab_size"] = model.vocab_size
     if spec.task == "jsonl":
         from runner.tasks import jsonl
@@ -240,7 +242,7 @@ def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progre
         "adapter_dtype": sorted({str(p.dtype) for p in adapt.trained(module).values()}),
         "base_dtype": sorted({str(p.dtype) for p in module.parameters()}),
         "peak_kind": measure.CUDA_KIND if device.type == "cuda" else measure.CPU_KIND,
-        "task": task.facts,
+        "task": task.facts | _baselines(spec, task, model),
     }  # fmt: skip
     if progress.step_facts:
         found["step_facts"] = progress.step_facts
@@ -257,6 +259,16 @@ def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progre
         peak = _peak_flops(device, spec.precision)
         found["mfu"] = found["model_flops_per_s"] / peak if peak else None
     return found
+
+
+def _baselines(spec: RunSpec, task: tasks.Task, model: Model) -> Json:
+    """What counting alone reaches on this text: a base that does no better is not pre-trained."""
+    if spec.task not in TEXTS or spec.objective != "sft":
+        return {}
+    from runner.baselines import bigram_nats, unigram_nats
+
+    return {name: count(task.train, task.held_out, model.vocab_size)
+            for name, count in (("unigram_nats", unigram_nats), ("bigram_nats", bigram_nats))}  # fmt: skip
 
 
 def _peak_flops(device: torch.device, precision: str) -> float | None:

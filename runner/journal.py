@@ -323,7 +323,6 @@ class Journal:
     def append(self, event: Mapping[str, Any]) -> None:
         """Writes one event. When this returns it is on the disk; when it raises, the journal is as before."""
         text = line(event).encode("ascii")
-        self._lock.check()
         patiently(lambda: self._write(text), self.path, self.patience_s)
 
     def reserve(self, size: int) -> None:
@@ -341,6 +340,7 @@ class Journal:
 
         A last line without its newline is what a killed writer left: it gets one first, and stays alone.
         """
+        self._lock.check()
         good = os.fstat(self._fd).st_size
         torn = good > 0 and os.pread(self._fd, 1, good - 1) != b"\n"
         whole = b"\n" + text if torn else text

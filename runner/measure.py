@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from lora_planner.facts import CPU, Gpu
+
 CUDA_KIND = "torch.cuda.max_memory_allocated"
 CPU_KIND = "tensors alive, by the profiler's allocation events"
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy")
@@ -127,34 +129,32 @@ def cpu_name(threads: int) -> str:
     return "-".join(["cpu", *[w for w in words if w not in ("r", "tm", "cpu", "processor")][:5], f"{threads}t"])
 
 
-def cpu_row(threads: int) -> dict[str, Any]:
-    """This processor as a row of the planner's GPU table, from half a second of matmuls and copies.
+def cpu_device(threads: int) -> Gpu:
+    """This processor as a device of the planner, from half a second of matmuls and copies.
 
-    peak: 2 n^3 / seconds of an n x n product, n = 1024, best of five (the peak is what is never exceeded).
+    peak: 2 n^3 / seconds of an n x n product, n = 1024, best of five (a peak is what is never exceeded).
     bandwidth: 2 x 64 MiB / seconds of a copy, best of five.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        peaks = {}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            a = torch.randn(1024, 1024).to(dtype)
-            peaks[name] = 2 * 1024**3 / _best(lambda a=a: a @ a) / 1e12  # type: ignore[misc]
+        a = torch.randn(1024, 1024)
+        peak = 2 * 1024**3 / _best(lambda: a @ a)
         source = torch.empty(16 << 20)
         target = torch.empty_like(source)
-        bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e12
+        bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
     finally:
         torch.set_num_threads(before)
-    return {
-        "name": cpu_name(threads),
-        "reported_as": [],
-        "memory_mib": memory_mib(),
-        "hbm_tb_per_s": float(f"{bandwidth:.4g}"),
-        "tflops": {name: float(f"{value:.4g}") for name, value in peaks.items()},
-        "form": "cpu",
-        "source": f"micro-benchmark, {threads} thread(s), torch {version('torch')}",
-        "as_of": datetime.now(UTC).date().isoformat(),
-    }
+    return Gpu(
+        name=cpu_name(threads),
+        reported_as=(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        hbm_bytes_per_s=float(f"{bandwidth:.4g}"),
+        peak_flops_per_s={"fp32": float(f"{peak:.4g}")},
+        form=CPU,
+        source=f"micro-benchmark, {threads} thread(s), torch {version('torch')}",
+        as_of=datetime.now(UTC).date(),
+    )
 
 
 def _best(call: Callable[[], Any], times: int = 5) -> float:
@@ -165,11 +165,6 @@ def _best(call: Callable[[], Any], times: int = 5) -> float:
         call()
         found.append(perf_counter() - start)
     return min(found)
-
-
-def memory_mib() -> int:
-    """Physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,7 @@ ORDER = [
     {"plan"},
     {"recommend"},
     {"record"},
+    {"predict"},
     {"render"},
     {"cli"},
 ]

@@ -395,3 +395,29 @@ def test_impossible_batches_and_dtypes_are_refused() -> None:
         memory(m, method("lora"), micro_batch=0, seq_len=16)
     with pytest.raises(UnknownName):
         memory(m, replace(method("lora"), base_dtype="int3"), micro_batch=1, seq_len=16)
+
+
+@pytest.mark.parametrize(
+    "row",
+    rows("cpu_peak.csv"),
+    ids=lambda r: f"{r['family']}-{r['mode']}-{r['checkpointing']}-{r['micro_batch']}x{r['seq_len']}",
+)
+def test_measured_peaks_on_a_cpu_are_counted(row: dict[str, str]) -> None:
+    """Tensors of a step in fp32, which the profiler saw on a CPU: forward and backward, and AdamW's update."""
+    m = from_config(
+        {
+            "model_type": row["family"], "hidden_size": int(row["hidden"]), "num_hidden_layers": int(row["layers"]),
+            "num_attention_heads": int(row["heads"]), "num_key_value_heads": int(row["kv_heads"]),
+            "head_dim": int(row["head_dim"]), "intermediate_size": int(row["inner"]),
+            "vocab_size": int(row["vocab"]), "tie_word_embeddings": row["tied"] == "1",
+        }
+    )  # fmt: skip
+    how = FULL if row["mode"] == "full" else method("lora", int(row["rank"]), base_dtype="float32")
+    plan = memory(
+        m, how, micro_batch=int(row["micro_batch"]), seq_len=int(row["seq_len"]), checkpointing=row["checkpointing"],
+        optimizer="adamw-loop", full_precision="fp32", padded=False,
+    )  # fmt: skip
+    gradients, update = float(row["gradients_bytes"]), float(row["optimizer_bytes"])
+    assert tensors(plan, "forward", "backward") == pytest.approx(gradients, rel=float(row["rel_tol"]))
+    assert tensors(plan, "optimizer") == pytest.approx(update, rel=float(row["rel_tol"]))
+    assert plan.allocated == tensors(plan, *plan.phases)

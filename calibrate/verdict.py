@@ -1,0 +1,233 @@
+"""What a set of runs says: the table of arms, and a verdict on each thing that the planner predicted."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lora_planner import capacity
+from lora_planner.arch import from_config
+from lora_planner.ledger import FITTED, Estimate
+from lora_planner.predict import PROBE
+from lora_planner.record import (
+    DIVERGED,
+    FAILS,
+    HOLDS,
+    INVALID,
+    NOT_RUN,
+    UNDECIDED,
+    RunRecord,
+    Score,
+    Verdict,
+)
+
+#: share of measurements that a 90 % interval must hold before the prediction is said to hold
+COVERED = 0.85
+#: the rank penalty was measured on models of 1B parameters and more; a factor of 4 beyond is extrapolation
+SMALLEST_MEASURED = 1e9 / 4
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One method and rank on one base and task: held-out nats by learning rate, means over seeds."""
+
+    base: str
+    task: str
+    name: str
+    losses: dict[float, float]  # finished runs only
+    diverged: tuple[float, ...]
+    seeds: int
+
+    @property
+    def best(self) -> tuple[float, float]:
+        """(learning rate, loss) of the lowest mean; of the grid, not of a fit."""
+        return min(self.losses.items(), key=lambda item: item[1])
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether the best rate has a worse or a diverged one on both sides."""
+        rate, _ = self.best
+        tried = sorted([*self.losses, *self.diverged])
+        return tried[0] < rate < tried[-1]
+
+
+def arms(runs: Iterable[RunRecord]) -> list[Arm]:
+    """Arms in the order full, then by rank; from scratch last. Reruns of one seed are left to the noise floor."""
+    groups: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        spec = run.spec
+        if spec.task == PROBE or spec.objective != "sft" or spec.repeat or not run.measured.get("held_out"):
+            continue
+        name = "full" if spec.method == "full" else f"{spec.method} r{spec.rank}"
+        shape = f"{spec.task}, {spec.steps} steps of {spec.batch} x {spec.seq_len}"
+        groups[spec.base, shape, name + (" from scratch" if spec.init == "random" else "")].append(run)
+    found = []
+    for (base, task, name), some in groups.items():
+        by_rate: dict[float, list[float]] = defaultdict(list)
+        for run in some:
+            if (loss := run.final_loss) is not None:
+                by_rate[run.spec.lr].append(loss)
+        diverged = sorted({run.spec.lr for run in some if run.status == DIVERGED})
+        if by_rate:
+            means = {rate: statistics.fmean(losses) for rate, losses in sorted(by_rate.items())}
+            found.append(Arm(base, task, name, means, tuple(diverged), max(map(len, by_rate.values()))))
+
+    def place(arm: Arm) -> tuple[str, str, bool, int]:
+        rank = int(arm.name.split(" r")[1].split()[0]) if " r" in arm.name else 0
+        return arm.base, arm.task, "scratch" in arm.name, rank
+
+    return sorted(found, key=place)
+
+
+def noise_floor(runs: Iterable[RunRecord]) -> float | None:
+    """Largest difference of final losses between runs whose specs differ in `repeat` alone; None without any."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        if (loss := run.final_loss) is not None:
+            document = run.spec.to_json()
+            document.pop("repeat")
+            groups[str(sorted(document.items(), key=str))].append(loss)
+    spans = [max(losses) - min(losses) for losses in groups.values() if len(losses) > 1]
+    return max(spans) if spans else None
+
+
+def verdicts(runs: Sequence[RunRecord], scores: Sequence[Score]) -> list[Verdict]:
+    """One per prediction. Those of step time and memory are about this machine; those of losses about the paper."""
+    sft = [run for run in runs if run.spec.task != PROBE]
+    return [counts(scores), covered("step_s", "step time", scores), covered("peak_bytes", "peak memory", scores),
+            pretrained(sft), learned(sft), low_rank(sft)]  # fmt: skip
+
+
+def counts(scores: Sequence[Score]) -> Verdict:
+    """Trainable parameters as planned, to the last one."""
+    some = [s for s in scores if s.quantity == "trainable"]
+    wrong = [s for s in some if s.measured != s.predicted.value]
+    sentence = f"trainable parameters equal the plan in {len(some) - len(wrong)} of {len(some)} runs"
+    status = NOT_RUN if not some else FAILS if wrong else HOLDS
+    return Verdict("counts", status, sentence, n=len(some), keys=tuple(s.key for s in wrong))
+
+
+def covered(quantity: str, name: str, scores: Sequence[Score]) -> Verdict:
+    """Whether the 90 % interval held what was measured, and by how much the value was off."""
+    some = [s for s in scores if s.quantity == quantity]
+    if not some:
+        return Verdict(name, NOT_RUN, f"no run was measured for {name}")
+    inside = [s for s in some if s.covered]
+    ratios = sorted(s.ratio for s in some)
+    effect = Estimate(ratios[0], statistics.median(ratios), ratios[-1], "measured / predicted", FITTED)
+    width = statistics.median(s.predicted.high / max(s.predicted.low, 1e-30) for s in some) ** 0.5
+    sentence = (
+        f"{name}: {len(inside)} of {len(some)} inside the 90 % interval (typically x/÷{width:.2f}); "
+        f"measured / predicted {effect.value:.2f}, {effect.low:.2f} to {effect.high:.2f}"
+    )
+    status = HOLDS if len(inside) >= COVERED * len(some) else FAILS
+    return Verdict(name, status, sentence, effect, len(some), tuple(s.key for s in some if not s.covered))
+
+
+def pretrained(runs: Sequence[RunRecord]) -> Verdict:
+    """The base knows something: below what counting pairs reaches, and a better start than random weights."""
+    name = "base is pre-trained"
+    starts = [run.measured["held_out"][0][1] for run in runs if run.spec.init == "pretrained" and _evaluated(run)]
+    facts = [run.measured.get("task", {}) for run in runs if _evaluated(run)]
+    pairs = [f["bigram_nats"] for f in facts if f.get("bigram_nats")]
+    both = arms(runs)
+    scratch = [arm.best[1] for arm in both if "scratch" in arm.name]
+    tuned = [arm.best[1] for arm in both if arm.name == "full"]
+    if not starts or not pairs:
+        return Verdict(name, NOT_RUN, "no run tells")
+    start, pair = min(starts), min(pairs)
+    sentence = f"before fine-tuning {start:.3f} nats per token, bigrams of the new text {pair:.3f}"
+    if not scratch or not tuned:
+        return Verdict(name, UNDECIDED, sentence + "; no run from scratch", n=len(starts))
+    sentence += f"; after full fine-tuning {min(tuned):.3f}, from scratch at the same budget {min(scratch):.3f}"
+    better = min(tuned) < min(scratch)
+    # a base may be far from a new text and still learn it faster: what it must beat is the start from nothing
+    status = HOLDS if better and min(tuned) < pair else UNDECIDED if better else FAILS
+    return Verdict(name, status, sentence, n=len(starts))
+
+
+def _evaluated(run: RunRecord) -> bool:
+    return bool(run.measured.get("held_out"))
+
+
+def learned(runs: Sequence[RunRecord]) -> Verdict:
+    """Every arm's best run ends below its start, by more than the noise of a rerun."""
+    found = [arm for arm in arms(runs) if "scratch" not in arm.name]
+    invalid = [run.key for run in runs if run.status == INVALID]
+    if not found and not invalid:
+        return Verdict("both arms learn", NOT_RUN, "no arm finished")
+    floor = noise_floor(runs)
+    starts: dict[str, float] = {}
+    for run in runs:
+        if run.spec.init == "pretrained" and _evaluated(run):
+            starts[run.spec.base] = run.measured["held_out"][0][1]
+    worse = [arm.name for arm in found if arm.best[1] >= starts[arm.base] - 2 * (floor or 0.0)]
+    noise = "no rerun measured the noise" if floor is None else f"a rerun differs by {floor:.2g}"
+    listed = ", ".join(f"{arm.name} {arm.best[1]:.3f}" for arm in found)
+    start = ", ".join(f"{value:.3f}" for value in sorted(set(starts.values())))
+    status = FAILS if worse or invalid else HOLDS
+    sentence = f"held-out nats per token from {start} to {listed}; {noise}"
+    if worse:
+        sentence += f"; not better: {', '.join(worse)}"
+    return Verdict("both arms learn", status, sentence, n=len(runs), keys=tuple(invalid))
+
+
+def low_rank(runs: Sequence[RunRecord]) -> Verdict:
+    """Loss of each rank above full fine-tuning's, each at its own best rate, against the predicted penalty."""
+    name = "LoRA against full"
+    found = [arm for arm in arms(runs) if "scratch" not in arm.name]
+    full = {(arm.base, arm.task): arm for arm in found if arm.name == "full"}
+    pairs = [(arm, full[arm.base, arm.task]) for arm in found
+             if arm.name.startswith("lora r") and (arm.base, arm.task) in full]  # fmt: skip
+    if not pairs:
+        return Verdict(name, NOT_RUN, "no LoRA arm beside a full one")
+    totals = {run.spec.base: from_config(run.config).total for run in runs}
+    parts, outside, edge = [], [], []
+    for arm, reference in pairs:
+        predicted = capacity.rank_penalty(int(arm.name.split(" r")[1]), totals[arm.base])
+        gap = arm.best[1] / reference.best[1] - 1
+        ratio = arm.best[0] / reference.best[0]
+        parts.append(f"{arm.name} {gap:+.1%} at {ratio:.1f}x the rate "
+                     f"(predicted {predicted.value:.1%} [{predicted.low:.1%}, {predicted.high:.1%}])")  # fmt: skip
+        if not predicted.low <= gap <= predicted.high:
+            outside.append(arm.name)
+        edge += [a.name for a in (arm, reference) if not a.bracketed]
+    sentence = "; ".join(parts)
+    small = [base for base, total in totals.items() if total < SMALLEST_MEASURED]
+    if small:
+        sentence += "; EXTRAPOLATED: the prediction was measured on models of 1B parameters and more"
+    if edge:
+        sentence += f"; best rate at the edge of the grid: {', '.join(sorted(set(edge)))}"
+    status = UNDECIDED if small or edge else FAILS if outside else HOLDS
+    return Verdict(name, status, sentence, n=len(pairs))
+
+
+def exit_code(found: Iterable[Verdict], extrapolated_is_fine: bool = True) -> int:
+    """0 all hold, 7 something failed, 8 something the planner should know stayed undecided."""
+    statuses = {v.claim: v.status for v in found}
+    if FAILS in statuses.values():
+        return 7
+    asked = {k: s for k, s in statuses.items() if not (extrapolated_is_fine and k == "LoRA against full")}
+    return 8 if {UNDECIDED, NOT_RUN} & set(asked.values()) else 0
+
+
+def arm_table(found: Sequence[Arm]) -> list[str]:
+    """Markdown: an arm a row, a rate a column."""
+    if not found:
+        return ["No arm finished."]
+    lines: list[str] = []
+    for shape in dict.fromkeys((arm.base, arm.task) for arm in found):
+        some = [arm for arm in found if (arm.base, arm.task) == shape]
+        rates = sorted({rate for arm in some for rate in (*arm.losses, *arm.diverged)})
+        lines += [f"{shape[0]}, {shape[1]}, {max(arm.seeds for arm in some)} seed(s):", "",
+                  "| arm | " + " | ".join(f"{rate:.1e}" for rate in rates) + " | best |",
+                  "|---|" + "---|" * (len(rates) + 1)]  # fmt: skip
+        for arm in some:
+            cells = ["diverged" if r in arm.diverged and r not in arm.losses
+                     else f"{arm.losses[r]:.3f}" if r in arm.losses else "" for r in rates]  # fmt: skip
+            edge = "" if arm.bracketed else " (edge)"
+            lines.append(f"| {arm.name} | " + " | ".join(cells) + f" | {arm.best[1]:.3f} at {arm.best[0]:.1e}{edge} |")
+        lines.append("")
+    return lines

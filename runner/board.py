@@ -1,0 +1,70 @@
+"""What a person sees while a sweep runs: runs done and left, expected time, the current losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lora_planner.record import Json
+from lora_planner.units import duration
+from runner.sweep import Planned
+
+
+class Board:
+    """Live bars on a terminal; elsewhere one plain line a run. Everything goes to stderr, stdout has the result."""
+
+    def __init__(self, slots: int = 1) -> None:
+        self.console = Console(stderr=True)
+        self.slots = slots
+        self.bars: dict[str, TaskID] = {}
+        self.live: Progress | None = None
+        self.expected = self.spent_expected = 0.0
+        self.left = self.total = 0
+        self.begun = time.monotonic()
+
+    def begin(self, left: Sequence[Planned], done: int) -> None:
+        self.left, self.total = len(left), len(left)
+        self.expected = sum(p.expected_s for p in left)
+        self.begun = time.monotonic()
+        kept = f", {done} done before" if done else ""
+        expected = duration(self.expected / self.slots)
+        self.console.print(f"{len(left)} runs{kept}, about {expected} of training expected", highlight=False)
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), console=self.console, transient=True,
+            )  # fmt: skip
+            self.live.start()
+
+    def message(self, planned: Planned, message: Json) -> None:
+        key, spec = planned.spec.key, planned.spec
+        if "ended" in message:
+            self._ended(planned, message["ended"])
+        elif self.live and "started" in message:
+            self.bars[key] = self.live.add_task(spec.label(), total=spec.steps, loss="")
+        elif self.live and "step" in message and key in self.bars:
+            self.live.update(self.bars[key], completed=message["step"], loss=f"loss {message['loss']:.3f}")
+
+    def _ended(self, planned: Planned, end: Json) -> None:
+        self.left -= 1
+        self.spent_expected += planned.expected_s
+        if self.live and planned.spec.key in self.bars:
+            self.live.remove_task(self.bars.pop(planned.spec.key))
+        points = (end.get("measured") or {}).get("held_out") or []
+        loss = f" held out {points[0][1]:.3f} -> {points[-1][1]:.3f}" if len(points) > 1 else ""
+        why = f": {end['reason']}" if end.get("reason") else ""
+        line = f"{self.total - self.left}/{self.total} {planned.spec.label()} {end['status']}{loss}{why}"
+        if self.left and self.spent_expected:
+            ahead = (self.expected - self.spent_expected) * (time.monotonic() - self.begun) / self.spent_expected
+            line += f"; {duration(max(0.0, ahead))} left"
+        self.console.print(line, highlight=False, markup=False)
+        if not self.left:
+            self.close()
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
