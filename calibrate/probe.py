@@ -75,10 +75,10 @@ def fit(runs: Sequence[RunRecord], gpu: Gpu, stack_name: str = OWN_STACK) -> lis
     keys = ", ".join(t.key for t in timed)
     clock = "processor time: other processes ran; " if any(t.clock != "wall clock" for t in timed) else ""
     source = f"{clock}probe of {len(timed)} runs: {keys}"
-    rows = [
-        Constant(name, stack_name, gpu.name, math.exp(x), math.exp(x - h), math.exp(x + h), FITTED, len(timed), source)
-        for name, x, h in zip(RANGES, theta, half, strict=True)
-    ]
+    rows = []
+    for (name, (least, most)), x, h in zip(RANGES.items(), theta, half, strict=True):
+        low, high = max(least, math.exp(x - h)), min(most, math.exp(x + h))
+        rows.append(Constant(name, stack_name, gpu.name, math.exp(x), low, high, FITTED, len(timed), source))
     left_out = []
     for i, one in enumerate(timed):
         rest, _ = _solve([*timed[:i], *timed[i + 1 :]], gpu, prior)

@@ -20,7 +20,9 @@ from lora_planner.throughput import OWN_STACK, Work, step_time
 from lora_planner.throughput import stack as stack_of
 from lora_planner.workload import work
 
-PROBE = "probe"  # the task whose samples all have exactly `seq_len` tokens
+PROBE = "probe"  # the task that the constants are fitted on
+#: tasks whose samples all have exactly `seq_len` tokens: no batch of them needs a mask
+UNPADDED = (PROBE, "code", "shift")
 
 
 def predict(spec: RunSpec, config: Mapping[str, Any], gpu: Gpu, stack: str = OWN_STACK) -> dict[str, Estimate]:
@@ -70,7 +72,7 @@ def memory_plan(spec: RunSpec, model: Model, gpu: Gpu) -> MemoryPlan:
         optimizer="adamw-loop" if gpu.form == CPU else "adamw-foreach",
         full_precision="mixed" if bf16 else "fp32",
         autocast=bf16,
-        padded=False if spec.task == PROBE else None,
+        padded=False if spec.task in UNPADDED else None,
         accumulate=spec.accumulation > 1,
     )
 

@@ -60,7 +60,7 @@ class Board:
         if self.left and self.spent_expected:
             ahead = (self.expected - self.spent_expected) * (time.monotonic() - self.begun) / self.spent_expected
             line += f"; {duration(max(0.0, ahead))} left"
-        self.console.print(line, highlight=False, markup=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         if not self.left:
             self.close()
 

@@ -11,17 +11,20 @@ import ast
 import hashlib
 import inspect
 import io
+import json
 import os
 import re
 import sysconfig
+import tempfile
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 from lora_planner.errors import EnvironmentMissing
+from lora_planner.facts import home
 
 #: not every CPython has the tests; tables and generated text are neither code nor prose
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "turtledemo", "pydoc_data"}
@@ -118,21 +121,49 @@ def long_lines(text: str) -> set[str]:
 
 @lru_cache(maxsize=1)
 def modules() -> tuple[Module, ...]:
-    """Every module of the standard library that can be tokenized, by path."""
+    """Every module of the standard library that can be tokenized, by path.
+
+    Dividing them takes seconds and every worker needs them, so the result is kept in `home()`, under a hash of
+    the files' names and sizes and of this file.
+    """
     root = library()
+    files = sorted(sources(root), key=lambda path: path.relative_to(root).as_posix())
+    listing = [Path(__file__).read_text("utf-8"), *(f"{p.relative_to(root)} {p.stat().st_size}" for p in files)]
+    cache = home() / "text" / f"{hashlib.sha256(chr(10).join(listing).encode()).hexdigest()[:16]}.json"
+    try:
+        return tuple(Module(path, code, tuple(docs)) for path, code, docs in json.loads(cache.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        pass  # not there yet, or damaged: made again
     found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if is_source(name)]
-        for path in (Path(folder, name) for name in names if name.endswith(".py") and is_source(name)):
-            try:
-                with tokenize.open(path) as file:
-                    found.append(Module(path.relative_to(root).as_posix(), *divide(file.read())))
-            except (SyntaxError, tokenize.TokenError, ValueError, OSError):
-                continue  # examples of broken source, and other encodings
+    for path in files:
+        try:
+            with tokenize.open(path) as file:
+                found.append(Module(path.relative_to(root).as_posix(), *divide(file.read())))
+        except (SyntaxError, tokenize.TokenError, ValueError, OSError):
+            continue  # examples of broken source, and other encodings
     if not found:
         raise EnvironmentMissing("this Python has no source of its standard library", str(root),
                                  "Use a CPython that is installed with its .py files, or the task jsonl.")  # fmt: skip
-    return tuple(sorted(found, key=lambda m: m.path))
+    remember(cache, json.dumps([[m.path, m.code, m.docstrings] for m in found]))
+    return tuple(found)
+
+
+def sources(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if is_source(name)]
+        yield from (Path(folder, name) for name in names if name.endswith(".py") and is_source(name))
+
+
+def remember(cache: Path, text: str) -> None:
+    """A reader sees all of it or nothing; without a writable home it is made again next time."""
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache.parent)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(text)
+        os.replace(temporary, cache)
+    except OSError:
+        return
 
 
 def is_source(name: str) -> bool:

@@ -21,7 +21,7 @@ from lora_planner.arch import from_config
 from lora_planner.errors import BadInput, LoraPlanError, UnknownName
 from lora_planner.model import Model
 from lora_planner.predict import PROBE
-from lora_planner.record import DIVERGED, FAILED, FINISHED, INTERRUPTED, INVALID, OOM, Json, RunSpec
+from lora_planner.record import DIVERGED, FAILED, FINISHED, INTERRUPTED, INVALID, OOM, Json, RunSpec, canonical
 from runner import adapt, base, checkpoint, measure, tasks
 from runner.train import Diverged, Invalid, Objective, Progress, Supervised, noise_scale, optimizer_for, train
 
@@ -163,7 +163,7 @@ def _execute(
     with peaks.phase("load"):
         module, notes = base.load(source, spec, device)
         module = adapt.attach(module, plan_model, spec.plan_method(), spec.seed)
-    task = tasks.build(spec.task, base.tokenizer(source), spec.seq_len, 0, _arguments(spec, place, plan_model))
+    task = _task(spec, place, source, plan_model)
     objective = _objective(spec, module, task, device, source)
     optimizer = optimizer_for(module, spec)
     watch = Watch(spec, place.checkpoints(spec), module, peaks, report, stop)
@@ -193,7 +193,11 @@ def _execute(
     return Outcome(FINISHED, measured)
 
 
-def _arguments(spec: RunSpec, place: Place, model: Model) -> Json:
+#: tasks of this process by what makes them: the runs of a sweep share one
+_TASKS: dict[str, tasks.Task] = {}
+
+
+def _task(spec: RunSpec, place: Place, source: base.Base, model: Model) -> tasks.Task:
     arguments = dict(spec.task_args)
     if spec.task == PROBE:
         arguments["vocab_size"] = model.vocab_size
@@ -204,7 +208,31 @@ def _arguments(spec: RunSpec, place: Place, model: Model) -> Json:
         if sha256 not in place.data:
             raise BadInput(f"the data file {sha256[:12]} is not on this machine", "run spec", "Give --data.")
         jsonl.register(str(place.data[sha256]))
-    return arguments
+    key = canonical({"base": spec.base, "task": spec.task, "length": spec.seq_len, "arguments": arguments})
+    if key not in _TASKS:
+        words = base.tokenizer(source)
+        found = tasks.build(spec.task, words, spec.seq_len, 0, arguments)
+        if spec.objective == "sft" and spec.task in TEXTS:
+            found.facts |= _baselines(found, spec, model, words)
+        _TASKS[key] = found
+    return _TASKS[key]
+
+
+def _baselines(task: tasks.Task, spec: RunSpec, model: Model, words: Any) -> Json:
+    """What counting alone reaches on the held-out text, with counts from the task's own training text.
+
+    For the domain shift also with counts from the code that the base was pre-trained on: a base that does no
+    better than this knows nothing but frequencies.
+    """
+    from runner.baselines import bigram_nats, unigram_nats
+
+    vocab = model.vocab_size
+    found = {"unigram_nats": unigram_nats(task.train, task.held_out, vocab),
+             "bigram_nats": bigram_nats(task.train, task.held_out, vocab)}  # fmt: skip
+    if spec.task == "shift":
+        code = tasks.build("code", words, spec.seq_len, 0, {"max_train_windows": len(task.train)})
+        found["base_text_bigram_nats"] = bigram_nats(code.train, task.held_out, vocab)
+    return found
 
 
 def _objective(spec: RunSpec, module: Any, task: tasks.Task, device: torch.device, source: base.Base) -> Objective:
@@ -242,7 +270,7 @@ def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progre
         "adapter_dtype": sorted({str(p.dtype) for p in adapt.trained(module).values()}),
         "base_dtype": sorted({str(p.dtype) for p in module.parameters()}),
         "peak_kind": measure.CUDA_KIND if device.type == "cuda" else measure.CPU_KIND,
-        "task": task.facts | _baselines(spec, task, model),
+        "task": task.facts,
     }  # fmt: skip
     if progress.step_facts:
         found["step_facts"] = progress.step_facts
@@ -259,16 +287,6 @@ def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progre
         peak = _peak_flops(device, spec.precision)
         found["mfu"] = found["model_flops_per_s"] / peak if peak else None
     return found
-
-
-def _baselines(spec: RunSpec, task: tasks.Task, model: Model) -> Json:
-    """What counting alone reaches on this text: a base that does no better is not pre-trained."""
-    if spec.task not in TEXTS or spec.objective != "sft":
-        return {}
-    from runner.baselines import bigram_nats, unigram_nats
-
-    return {name: count(task.train, task.held_out, model.vocab_size)
-            for name, count in (("unigram_nats", unigram_nats), ("bigram_nats", bigram_nats))}  # fmt: skip
 
 
 def _peak_flops(device: torch.device, precision: str) -> float | None:
