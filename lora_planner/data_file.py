@@ -236,7 +236,7 @@ def _lines(stream: BinaryIO, longest: int) -> Iterator[tuple[int, bytes | None]]
             yield number, line
 
 
-def _json_rows(stream: BinaryIO, longest: int) -> Iterator[tuple[int, object]]:
+def json_rows(stream: BinaryIO, longest: int) -> Iterator[tuple[int, object]]:
     """Numbered rows of a JSON lines file; a BadRow where a line is none."""
     for number, line in _lines(stream, longest):
         if line is None:
@@ -255,7 +255,7 @@ def _json_rows(stream: BinaryIO, longest: int) -> Iterator[tuple[int, object]]:
             yield number, BadRow("not JSON that can be read: a number too long, or nested too deep")
 
 
-def _parquet_rows(path: str) -> Iterator[tuple[int, object]]:
+def parquet_rows(path: str) -> Iterator[tuple[int, object]]:
     parquet = _optional("pyarrow.parquet", "parquet")
     try:
         file = parquet.ParquetFile(path)
@@ -541,12 +541,12 @@ def read_data(
             start = stream.peek(4096)[:4096]
             if _is_parquet(name, start, raw):
                 tally.unit = "row"
-                _tally_rows(_parquet_rows(name), tally)
+                _tally_rows(parquet_rows(name), tally)
                 raw.seek(0)
                 sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
             else:
                 _check_text(name, start)
-                _tally_rows(_json_rows(stream, LONGEST_LINE), tally)
+                _tally_rows(json_rows(stream, LONGEST_LINE), tally)
                 sha256 = hashed.sha256.hexdigest()
     except OSError as error:
         raise BadInput(f"cannot read: {error.strerror}", name, "Check the file and its permissions.") from error

@@ -16,7 +16,7 @@ from lora_planner import batch as batches
 from lora_planner import capacity
 from lora_planner.errors import BadInput, Infeasible, UnsupportedAdapter
 from lora_planner.facts import Gpu
-from lora_planner.memory import smallest_change_that_fits
+from lora_planner.memory import constants, smallest_change_that_fits
 from lora_planner.method import Method, method
 from lora_planner.params import trainable_params
 from lora_planner.plan import Configuration, Job, Plan, Priced, Warning3, loss_penalty, make_plan, price
@@ -193,6 +193,7 @@ def _fix(refused: Rejected) -> str:
         checkpointing=c.checkpointing,
         attention=c.attention,
         min_p_fit=MIN_P_FIT,
+        known=constants(c.gpu.name, c.stack),
     )
     return str(change) if change else ""
 

@@ -3,7 +3,7 @@
 A journal is a file of JSON lines, one event each, in the order in which things happened:
 
     planned   the spec, the model's config and the prediction: written before the run starts
-    started   an attempt began: environment, process
+    started   an attempt began, in this environment
     ended     the attempt's status and everything measured
 
 Lines are only ever appended. Each carries the CRC of its own text, so that a torn or altered line is

@@ -82,6 +82,11 @@ class Base:
         story: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         return story
 
+    def summary(self) -> dict[str, Any]:
+        """What a record says of it: how well it knows its own text, and what counting pairs there reaches."""
+        story = self.story()
+        return {name: story[name] for name in ("name", "tokens", "nats", "bigram_nats") if name in story}
+
 
 def hf_config(recipe: Recipe, vocab: int) -> dict[str, Any]:
     """The config.json of a recipe. The unembedding is a matrix of its own, as in models of 8B and more."""
@@ -147,7 +152,8 @@ def ensure(name: str, home: Path, device: str, train: Callable[[RunSpec, Base, P
         if file.name != "config.json":
             shutil.copy(file, out / file.name)
     story = {"name": name, "recipe": asdict(recipe), "text": digest, "held_out": measured["held_out"],
-             "tokens": measured["trained_tokens"], "steps": recipe.steps}  # fmt: skip
+             "nats": measured["held_out"][-1][1], "bigram_nats": measured["task"]["bigram_nats"],
+             "tokens": measured["trained_tokens"], "losses": measured["losses"]}  # fmt: skip
     (out / "base.json").write_text(json.dumps(story, indent=1))
     os.rename(out, done)
     shutil.rmtree(work, ignore_errors=True)

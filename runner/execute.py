@@ -172,13 +172,14 @@ def _execute(
         progress.notes += notes
     control = measure.control_s(device)
     if isinstance(objective, Supervised):
-        with peaks.phase("longest"):
-            objective.rehearse()
+        _rehearse(objective, peaks)
     try:
         train(spec, module, objective, optimizer, watch, progress, plan_model.vocab_size)
     except Diverged as error:
-        raise Diverged(str(error), _measured(spec, plan_model, module, task, progress, peaks)) from None
-    measured = _measured(spec, plan_model, module, task, progress, peaks)
+        raise Diverged(
+            str(error), _measured(spec, plan_model, module, task, progress, peaks, source.summary())
+        ) from None
+    measured = _measured(spec, plan_model, module, task, progress, peaks, source.summary())
     measured["drift"] = measure.control_s(device) / control - 1
     if save_to is not None:
         module.save_pretrained(save_to)
@@ -191,6 +192,18 @@ def _execute(
         measured["peak_bytes"] = {"step": _cpu_step_peak(objective, optimizer, spec)}
     measured["wall_s"] = time.monotonic() - begun
     return Outcome(FINISHED, measured)
+
+
+def _rehearse(objective: Supervised, peaks: measure.Peaks) -> None:
+    """What does not fit fails now, on the longest micro-batch, and its samples are named."""
+    try:
+        with peaks.phase("longest"):
+            objective.rehearse()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        ids = ", ".join(objective.longest()[:4])
+        raise MemoryError(f"the longest micro-batch ({ids}) does not fit: {_first_line(error)}") from None
 
 
 #: tasks of this process by what makes them: the runs of a sweep share one
@@ -210,29 +223,19 @@ def _task(spec: RunSpec, place: Place, source: base.Base, model: Model) -> tasks
         jsonl.register(str(place.data[sha256]))
     key = canonical({"base": spec.base, "task": spec.task, "length": spec.seq_len, "arguments": arguments})
     if key not in _TASKS:
-        words = base.tokenizer(source)
-        found = tasks.build(spec.task, words, spec.seq_len, 0, arguments)
+        found = tasks.build(spec.task, base.tokenizer(source), spec.seq_len, 0, arguments)
         if spec.objective == "sft" and spec.task in TEXTS:
-            found.facts |= _baselines(found, spec, model, words)
+            found.facts |= _baselines(found, model)
         _TASKS[key] = found
     return _TASKS[key]
 
 
-def _baselines(task: tasks.Task, spec: RunSpec, model: Model, words: Any) -> Json:
-    """What counting alone reaches on the held-out text, with counts from the task's own training text.
-
-    For the domain shift also with counts from the code that the base was pre-trained on: a base that does no
-    better than this knows nothing but frequencies.
-    """
+def _baselines(task: tasks.Task, model: Model) -> Json:
+    """What counting alone reaches on the held-out text, with counts from the task's own training text."""
     from runner.baselines import bigram_nats, unigram_nats
 
-    vocab = model.vocab_size
-    found = {"unigram_nats": unigram_nats(task.train, task.held_out, vocab),
-             "bigram_nats": bigram_nats(task.train, task.held_out, vocab)}  # fmt: skip
-    if spec.task == "shift":
-        code = tasks.build("code", words, spec.seq_len, 0, {"max_train_windows": len(task.train)})
-        found["base_text_bigram_nats"] = bigram_nats(code.train, task.held_out, vocab)
-    return found
+    return {name: count(task.train, task.held_out, model.vocab_size)
+            for name, count in (("unigram_nats", unigram_nats), ("bigram_nats", bigram_nats))}  # fmt: skip
 
 
 def _objective(spec: RunSpec, module: Any, task: tasks.Task, device: torch.device, source: base.Base) -> Objective:
@@ -259,7 +262,7 @@ def _cpu_step_peak(objective: Objective, optimizer: torch.optim.Optimizer, spec:
 
 
 def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progress: Progress,
-              peaks: measure.Peaks) -> Json:  # fmt: skip
+              peaks: measure.Peaks, story: Json) -> Json:  # fmt: skip
     """Everything the record keeps. FLOP/s and MFU by the planner's convention: no recomputation, full T x T scores."""
     device = torch.device(spec.device)
     found: Json = {
@@ -270,7 +273,7 @@ def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progre
         "adapter_dtype": sorted({str(p.dtype) for p in adapt.trained(module).values()}),
         "base_dtype": sorted({str(p.dtype) for p in module.parameters()}),
         "peak_kind": measure.CUDA_KIND if device.type == "cuda" else measure.CPU_KIND,
-        "task": task.facts,
+        "task": task.facts, "base": story,
     }  # fmt: skip
     if progress.step_facts:
         found["step_facts"] = progress.step_facts

@@ -28,8 +28,6 @@ from lora_planner.facts import CPU, Gpu
 CUDA_KIND = "torch.cuda.max_memory_allocated"
 CPU_KIND = "tensors alive, by the profiler's allocation events"
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy")
-#: a control kernel that takes this much longer after the run than before: its timings are contaminated
-DRIFT = 0.05
 
 
 class Peaks:

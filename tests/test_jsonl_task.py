@@ -151,13 +151,20 @@ def test_all_truncated_is_refused(built: Callable[..., Task]) -> None:
 
 
 def test_a_template_that_forgets(built: Callable[..., Task]) -> None:
-    """It drops an earlier thought: a chat of two answers is skipped and counted, single answers are not."""
+    """It drops an earlier thought, so that no sequence shows both answers as they are given: the last is trained."""
     thinking = chat([("user", "a"), ("assistant", "<think>hm</think>b"), ("user", "c"), ("assistant", "d")])
     task = built([thinking, *map(one, range(30))], FORGETS)
-    assert task.facts["skipped"] == {"the chat template rewrites earlier turns": 1}
+    assert task.facts["skipped"] == {}
+    assert learnt(row(task, 1)) == "d<|im_end|>\n"
+    assert "hm" not in words().decode(row(task, 1).tokens)
     assert learnt(row(task, 2)) == "it is 0<|im_end|>\n"
+
+
+def test_a_template_that_rewrites(built: Callable[..., Task]) -> None:
+    """Where even the last answer continues no prompt, the row is skipped and counted, and a file of such is refused."""
+    counts = "{{ messages | length }}" + CHATML
     with pytest.raises(BadInput, match="line 1: the chat template rewrites earlier turns: turn 2"):
-        built([thinking, one(1)], FORGETS)
+        built([*map(one, range(3))], counts)
 
 
 def test_a_template_that_raises(built: Callable[..., Task]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
-from lora_planner.errors import UnknownName, nearest
+from lora_planner.errors import BadInput, UnknownName, nearest
 
 IGNORED = -100  # a label that is not trained on
 
@@ -30,7 +31,8 @@ class Sample:
 class Task:
     """Data of a run. `facts` go into the record as they are.
 
-    `reward`: RL only; (prompt sample, sampled tokens) -> reward. Its samples are prompts.
+    `reward`: RL only; (sample, sampled tokens) -> reward. The policy sees the tokens before the first label;
+    the labels are the right answer, for the reward and the evaluation.
     """
 
     name: str
@@ -49,5 +51,9 @@ def build(name: str, tokenizer: Any, seq_len: int, seed: int, args: dict[str, An
         close = nearest(name, BY_NAME, 1)
         raise UnknownName(f"no task is called {name!r}", "runner/tasks",
                           f"Known: {', '.join(BY_NAME)}." + (f" Nearest: {close[0]}." if close else ""))  # fmt: skip
-    task: Task = import_module(f"runner.tasks.{name}").build(tokenizer, seq_len, seed, **args)
+    module = import_module(f"runner.tasks.{name}")
+    known = list(signature(module.build).parameters)[3:]
+    if wrong := sorted(set(args) - set(known)):
+        raise BadInput(f"the task {name} has no argument {', '.join(wrong)}", "run spec", f"Known: {', '.join(known)}.")
+    task: Task = module.build(tokenizer, seq_len, seed, **args)
     return task

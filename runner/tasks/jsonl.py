@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_planner.data_file import LONGEST_LINE, _json_rows, _parquet_rows, read_data
+from lora_planner.data_file import LONGEST_LINE, json_rows, parquet_rows, read_data
 from lora_planner.data_rows import BadRow, Piece, pieces_of
 from lora_planner.errors import BadInput
 from runner.tasks import IGNORED, Sample, Task
@@ -113,7 +113,7 @@ def _rows(file: Path, sha256: str) -> Iterator[tuple[int, object]]:
             stream.seek(0)
             parquet = stream.read(4) == b"PAR1"
             stream.seek(0)
-            yield from _parquet_rows(str(file)) if parquet else _json_rows(stream, LONGEST_LINE)
+            yield from parquet_rows(str(file)) if parquet else json_rows(stream, LONGEST_LINE)
     except OSError as error:
         raise BadInput(f"cannot read: {error.strerror}", file.name, "Was it moved since it was named?") from error
 
@@ -175,8 +175,9 @@ def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], answers: list[i
 
         prompt(messages[:i]) < tokens(messages[:i + 1]) < prompt of the next answer < tokens(messages)
 
-    Each must be a prefix of the next. A template that drops earlier turns' thoughts breaks the chain: what
-    the model would see then differs from turn to turn, and no single sequence can train all of them.
+    Each must be a prefix of the next. A template that drops earlier turns' thoughts, or adds empty ones to the last
+    turn alone, breaks the chain: what the model sees then differs from turn to turn, and no single sequence can train
+    all of them. Then the last answer alone is trained, which is what the model would see when it gives it.
     """
 
     def render(upto: int, ask: bool) -> list[int]:
@@ -184,14 +185,17 @@ def _by_prefixes(tokenizer: Any, messages: list[dict[str, str]], answers: list[i
         return list(out["input_ids"])
 
     tokens = render(len(messages), ask=False)
-    labels = [IGNORED] * len(tokens)
-    end = 0
-    for i in answers:
-        if i == 0:
-            raise BadRow("the chat begins with an answer, which no prompt asks for")
-        prompt, turn = render(i, ask=True), render(i + 1, ask=False)
-        if len(prompt) < end or turn[: len(prompt)] != prompt or tokens[: len(turn)] != turn:
-            raise BadRow(f"the chat template rewrites earlier turns: turn {i + 1} is no continuation")
-        end = len(turn)
-        labels[len(prompt) : end] = turn[len(prompt) :]
-    return tokens, labels
+    if answers[0] == 0:
+        raise BadRow("the chat begins with an answer, which no prompt asks for")
+    for wanted in (answers, answers[-1:]):
+        labels = [IGNORED] * len(tokens)
+        end = 0
+        for i in wanted:
+            prompt, turn = render(i, ask=True), render(i + 1, ask=False)
+            if len(prompt) < end or turn[: len(prompt)] != prompt or tokens[: len(turn)] != turn:
+                break
+            end = len(turn)
+            labels[len(prompt) : end] = turn[len(prompt) :]
+        else:
+            return tokens, labels
+    raise BadRow(f"the chat template rewrites earlier turns: turn {answers[-1] + 1} is no continuation")
