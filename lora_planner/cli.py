@@ -296,9 +296,8 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
     from lora_planner.record import read_runs
     from lora_planner.throughput import OWN_STACK, stack
 
-    # all runs of this base on this device: also those of an earlier `verify` tell how good the fit is
-    here = [run for run in read_runs(Path(out) / "runs.jsonl")
-            if run.spec.base == scene.source.key and run.spec.device == scene.device]  # fmt: skip
+    # all runs on this device: also those of an earlier `verify` tell how good the fit is
+    here = [run for run in read_runs(Path(out) / "runs.jsonl") if run.spec.device == scene.device]
     before = dict(stack(OWN_STACK, scene.gpu).rows)
     rows, memory = probe.fit(runs, scene.gpu), probe.fit_memory(runs, scene.gpu)
     path = constants.write(rows, facts.home(), memory=memory, gpus=[scene.gpu])

@@ -56,9 +56,9 @@ RECIPES = {
     "tiny":      Recipe("qwen3", 64, 2, 4, 2, 192, steps=60, batch=8, seq_len=64, vocab=512),
     "tiny-moe":  Recipe("qwen3_moe", 64, 2, 4, 2, 64, steps=60, batch=8, seq_len=64, vocab=512, experts=4, top_k=2),
     # minutes on two cores
-    "qwen3-1m":  Recipe("qwen3", 128, 4, 4, 2, 384, steps=800, batch=16),
-    "llama-1m":  Recipe("llama", 128, 4, 4, 4, 384, steps=800, batch=16),
-    "moe-2m":    Recipe("qwen3_moe", 128, 4, 4, 2, 192, steps=800, batch=16, experts=8, top_k=2),
+    "qwen3-1m":  Recipe("qwen3", 128, 4, 4, 2, 384, steps=1000, batch=16),
+    "llama-1m":  Recipe("llama", 128, 4, 4, 4, 384, steps=1000, batch=16),
+    "moe-2m":    Recipe("qwen3_moe", 128, 4, 4, 2, 192, steps=1000, batch=16, experts=8, top_k=2),
     "qwen3-3m":  Recipe("qwen3", 192, 6, 6, 2, 576, steps=2000, batch=16),
     # minutes on one data-centre GPU
     "qwen3-30m": Recipe("qwen3", 512, 10, 8, 4, 1536, steps=6000, batch=128, seq_len=256, vocab=4096, lr=1e-3),
@@ -158,6 +158,35 @@ def ensure(name: str, home: Path, device: str, train: Callable[[RunSpec, Base, P
     os.rename(out, done)
     shutil.rmtree(work, ignore_errors=True)
     return Base(key, done)
+
+
+def sibling(source: Base, home: Path, factor: float) -> Base | None:
+    """The same architecture at another width, with random weights and the same tokenizer: for timing and memory.
+
+    None where the width does not divide, and for a user's own model, whose numbers are wanted for itself.
+    """
+    if not source.story():
+        return None
+    config = dict(source.config())
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
+        if name in config:
+            wider = config[name] * factor
+            if wider != int(wider):
+                return None
+            config[name] = int(wider)
+    key = f"width-{hashlib.sha256(canonical(config).encode()).hexdigest()[:12]}"
+    path = home / "bases" / key
+    path.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source.path / file, path / file)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    return Base(key, path)
 
 
 def of_user(name: str, home: Path, offline: bool = False) -> Base:

@@ -39,6 +39,7 @@ class Scene:
     gpu: Gpu
     place: Place
     workers: tuple[dict[str, str], ...]
+    widths: tuple[base.Base, ...]  # untrained siblings: one for the probe, one for the check
     seq_len: int
     micro_batch: int
 
@@ -74,7 +75,8 @@ def prepare(out: Path, home: Path, model: str | None, data: str | None, base_nam
     source = (
         base.of_user(model, home, offline) if model else own_base(base_name or DEFAULT_BASE[kind], home, kind, cores)
     )
-    place = Place(out, {source.key: source.path})
+    widths = tuple(b for b in (base.sibling(source, home, factor) for factor in (2.0, 1.5)) if b)
+    place = Place(out, {b.key: b.path for b in (source, *widths)})
     task, arguments, seq_len, micro = "shift", {}, 128, 8
     if data:
         from runner.tasks import jsonl
@@ -86,7 +88,8 @@ def prepare(out: Path, home: Path, model: str | None, data: str | None, base_nam
         seq_len, micro = (512, 4) if kind == "cuda" else (256, 4)
     config_limit = source.config().get("max_position_embeddings") or seq_len
     seq_len = min(seq_len, int(config_limit))
-    return Scene(out, source, task, tuple(sorted(arguments.items())), kind, gpu, place, tuple(workers), seq_len, micro)
+    words = tuple(sorted(arguments.items()))
+    return Scene(out, source, task, words, kind, gpu, place, tuple(workers), widths, seq_len, micro)
 
 
 def own_base(name: str, home: Path, kind: str, cores: int) -> base.Base:
@@ -110,7 +113,8 @@ def own_base(name: str, home: Path, kind: str, cores: int) -> base.Base:
 def planned(scene: Scene, specs: Sequence[RunSpec]) -> list[Planned]:
     """Specs with the planner's predictions as of now."""
     stamp = f"lora-plan {__version__}"
-    return [Planned(spec, scene.config, predict(spec, scene.config, scene.gpu), stamp) for spec in specs]
+    configs = {key: scene.place.base(key).config() for key in {spec.base for spec in specs}}
+    return [Planned(spec, configs[spec.base], predict(spec, configs[spec.base], scene.gpu), stamp) for spec in specs]
 
 
 def run(scene: Scene, specs: Sequence[RunSpec]) -> list[RunRecord]:
@@ -146,13 +150,18 @@ def arms(scene: Scene, ranks: Sequence[int], steps: int, seeds: int, points: int
 
 
 def probes(scene: Scene, rank: int = 8) -> list[RunSpec]:
-    """Two lengths x two micro-batches, LoRA and full: what `calibrate` fits its constants on."""
+    """Two lengths x two micro-batches, LoRA and full: what `calibrate` fits its constants on.
+
+    On a small base of our own also at twice its width, since constants of one width say little about others.
+    """
     short, long = max(16, scene.seq_len // 2), scene.seq_len * 2
     few, many = max(1, scene.micro_batch // 4), scene.micro_batch
     steps = 12 if scene.device == "cpu" else 24
     plain = replace(scene.spec(), task="probe", task_args=(("n", many * 4),), steps=steps, lr=1e-4)
+    bases: list[dict[str, Any]] = [{}, *({"base": b.key, "init": "random"} for b in scene.widths[:1])]
     return [
-        replace(plain, seq_len=length, micro_batch=micro, **arm)
+        replace(plain, seq_len=length, micro_batch=micro, **arm, **words)
+        for words in bases
         for length in (short, long)
         for micro in (few, many)
         for arm in ({"method": "full", "rank": 0, "alpha": 0.0}, {"rank": rank})
@@ -160,7 +169,7 @@ def probes(scene: Scene, rank: int = 8) -> list[RunSpec]:
 
 
 def checks(scene: Scene) -> list[RunSpec]:
-    """Shapes that the probe has not seen, on real data: other ranks, lengths, batches, checkpointing, accumulation."""
+    """Shapes that the probe has not seen, on real data: ranks, lengths, batches, checkpointing, accumulation, width."""
     steps = 12 if scene.device == "cpu" else 24
     plain = scene.spec(steps=steps, lr=1e-4)
     length = scene.seq_len
@@ -173,4 +182,6 @@ def checks(scene: Scene) -> list[RunSpec]:
         {"rank": 8, "micro_batch": max(1, scene.micro_batch // 2), "accumulation": 3},
         {"rank": 8, "targets": ("mlp",)}, {"rank": 8, "targets": ("attention",)},
     ]  # fmt: skip
+    for other in scene.widths[1:]:
+        shapes += [{"rank": 8, "base": other.key, "init": "random"}, {**full, "base": other.key, "init": "random"}]
     return [replace(plain, **shape) for shape in shapes]
