@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from lora_planner.record import (
     NOT_RUN,
     UNDECIDED,
     RunRecord,
+    RunSpec,
     Score,
     Verdict,
 )
@@ -39,14 +41,14 @@ class Arm:
     base: str
     task: str
     name: str
-    losses: dict[float, float]  # finished runs only
+    losses: dict[float, float]  # of rates at which no seed diverged
     diverged: tuple[float, ...]
     seeds: int
 
     @property
     def best(self) -> tuple[float, float]:
-        """(learning rate, loss) of the lowest mean; of the grid, not of a fit."""
-        return min(self.losses.items(), key=lambda item: item[1])
+        """(learning rate, loss) of the lowest mean, of the grid, not of a fit; infinite where every rate diverged."""
+        return min(self.losses.items(), key=lambda item: item[1], default=(math.nan, math.inf))
 
     @property
     def bracketed(self) -> bool:
@@ -56,30 +58,36 @@ class Arm:
         return tried[0] < rate < tried[-1]
 
 
+def arm_name(spec: RunSpec) -> str:
+    name = "full" if spec.method == "full" else f"{spec.method} r{spec.rank}"
+    return name + (" from scratch" if spec.init == "random" else "")
+
+
 def arms(runs: Iterable[RunRecord]) -> list[Arm]:
-    """Arms in the order full, then by rank; from scratch last. Reruns of one seed are left to the noise floor."""
+    """Arms in the order full, then by rank; from scratch last. Reruns of one seed are left to the noise floor.
+
+    A rate at which one seed diverged has no loss: the mean of those that survived is none of the rate.
+    """
     groups: dict[tuple[str, str, str], list[RunRecord]] = defaultdict(list)
     for run in runs:
         spec = run.spec
-        if spec.task == PROBE or spec.objective != "sft" or spec.repeat or not run.measured.get("held_out"):
-            continue
-        name = "full" if spec.method == "full" else f"{spec.method} r{spec.rank}"
-        shape = f"{spec.task}, {spec.steps} steps of {spec.batch} x {spec.seq_len}"
-        groups[spec.base, shape, name + (" from scratch" if spec.init == "random" else "")].append(run)
+        if spec.task != PROBE and spec.objective == "sft" and not spec.repeat:
+            shape = f"{spec.task}, {spec.steps} steps of {spec.batch} x {spec.seq_len}"
+            groups[spec.base, shape, arm_name(spec)].append(run)
     found = []
     for (base, task, name), some in groups.items():
+        diverged = sorted({run.spec.lr for run in some if run.status == DIVERGED})
         by_rate: dict[float, list[float]] = defaultdict(list)
         for run in some:
-            if (loss := run.final_loss) is not None:
+            if (loss := run.final_loss) is not None and run.spec.lr not in diverged:
                 by_rate[run.spec.lr].append(loss)
-        diverged = sorted({run.spec.lr for run in some if run.status == DIVERGED})
-        if by_rate:
+        if by_rate or diverged:
             means = {rate: statistics.fmean(losses) for rate, losses in sorted(by_rate.items())}
-            found.append(Arm(base, task, name, means, tuple(diverged), max(map(len, by_rate.values()))))
+            found.append(Arm(base, task, name, means, tuple(diverged), len({run.spec.seed for run in some})))
 
-    def place(arm: Arm) -> tuple[str, str, bool, int]:
+    def place(arm: Arm) -> tuple[str, str, bool, int, str]:
         rank = int(arm.name.split(" r")[1].split()[0]) if " r" in arm.name else 0
-        return arm.base, arm.task, "scratch" in arm.name, rank
+        return arm.base, arm.task, "scratch" in arm.name, rank, arm.name
 
     return sorted(found, key=place)
 
@@ -122,7 +130,7 @@ def covered(quantity: str, name: str, scores: Sequence[Score]) -> Verdict:
     effect = Estimate(ratios[0], statistics.median(ratios), ratios[-1], "measured / predicted", FITTED)
     width = statistics.median(s.predicted.high / max(s.predicted.low, 1e-30) for s in some) ** 0.5
     sentence = (
-        f"{name}: {len(inside)} of {len(some)} inside the 90 % interval (typically x/÷{width:.2f}); "
+        f"{name}: {len(inside)} of {len(some)} inside the 90 % interval (typically a factor {width:.2f} either way); "
         f"measured / predicted {effect.value:.2f}, {effect.low:.2f} to {effect.high:.2f}"
     )
     status = HOLDS if len(inside) >= COVERED * len(some) else FAILS
@@ -153,7 +161,7 @@ def pretrained(runs: Sequence[RunRecord]) -> Verdict:
     start = min(run.measured["held_out"][0][1] for run in some)
     facts = some[0].measured.get("task", {})
     story = some[0].measured.get("base", {})
-    found = arms(runs)
+    found = [arm for arm in arms(runs) if arm.losses]
     scratch = [arm.best[1] for arm in found if "scratch" in arm.name]
     tuned = [arm.best[1] for arm in found if arm.name == "full"]
     parts, tests = [], []
@@ -181,7 +189,8 @@ def _evaluated(run: RunRecord) -> bool:
 
 
 def learned(runs: Sequence[RunRecord]) -> Verdict:
-    """Every arm's best run ends below its start, by more than the noise of a rerun."""
+    """Every arm's best run ends below its start, by more than the noise of a rerun. Where all of an arm's runs
+    diverged it did not learn; where they ended otherwise (out of memory, killed) nobody knows."""
     found = [arm for arm in arms(runs) if "scratch" not in arm.name]
     invalid = [run.key for run in runs if run.status == INVALID]
     if not found and not invalid:
@@ -195,30 +204,35 @@ def learned(runs: Sequence[RunRecord]) -> Verdict:
     noise = "no rerun measured the noise" if floor is None else f"a rerun differs by {floor:.2g}"
     listed = ", ".join(f"{arm.name} {arm.best[1]:.3f}" for arm in found)
     start = ", ".join(f"{value:.3f}" for value in sorted(set(starts.values())))
-    status = FAILS if worse or invalid else HOLDS
+    asked = {arm_name(run.spec) for run in runs if run.spec.objective == "sft" and run.spec.init == "pretrained"}
+    missing = sorted(asked - {arm.name for arm in found})
+    status = FAILS if worse or invalid else UNDECIDED if missing else HOLDS
     sentence = f"held-out nats per token from {start} to {listed}; {noise}"
     if worse:
         sentence += f"; not better: {', '.join(worse)}"
+    if missing:
+        sentence += f"; no run finished: {', '.join(missing)}"
     return Verdict("both arms learn", status, sentence, n=len(runs), keys=tuple(invalid))
 
 
 def low_rank(runs: Sequence[RunRecord]) -> Verdict:
     """Loss of each rank above full fine-tuning's, each at its own best rate, against the predicted penalty."""
     name = LORA_AGAINST_FULL
-    found = [arm for arm in arms(runs) if "scratch" not in arm.name]
+    found = [arm for arm in arms(runs) if arm.losses and "scratch" not in arm.name]
     full = {(arm.base, arm.task): arm for arm in found if arm.name == "full"}
     pairs = [(arm, full[arm.base, arm.task]) for arm in found
              if arm.name.startswith("lora r") and (arm.base, arm.task) in full]  # fmt: skip
     if not pairs:
         return Verdict(name, NOT_RUN, "no LoRA arm beside a full one")
     totals = {run.spec.base: from_config(run.config).total for run in runs}
-    parts, outside, edge, extrapolated = [], [], [], False
+    parts, gaps, outside, edge, extrapolated = [], [], [], [], False
     for arm, reference in pairs:
         gap = arm.best[1] / reference.best[1] - 1
         part = f"{arm.name} {gap:+.1%} at {arm.best[0] / reference.best[0]:.1f}x the rate of full"
         if totals[arm.base] < SMALLEST_MEASURED:
             extrapolated = True
         else:
+            gaps.append(gap)
             predicted = capacity.rank_penalty(int(arm.name.split(" r")[1]), totals[arm.base])
             part += f" (predicted {predicted.value:.1%} [{predicted.low:.1%}, {predicted.high:.1%}])"
             if not predicted.low <= gap <= predicted.high:
@@ -230,13 +244,14 @@ def low_rank(runs: Sequence[RunRecord]) -> Verdict:
     if edge:
         parts.append(f"best rate at the edge of the grid: {', '.join(sorted(set(edge)))}")
     status = UNDECIDED if extrapolated or edge else FAILS if outside else HOLDS
-    return Verdict(name, status, "; ".join(parts), n=len(pairs))
+    effect = Estimate(min(gaps), statistics.median(gaps), max(gaps), "loss above full", FITTED) if gaps else None
+    return Verdict(name, status, "; ".join(parts), effect, len(pairs))
 
 
 def exit_code(found: Iterable[Verdict]) -> int:
     """0 all hold, 7 something failed, 8 something stayed undecided. What nobody predicted (LoRA against full on a
     model far smaller than any that was measured) is shown and counts for nothing."""
-    asked = {v.status for v in found if v.claim != LORA_AGAINST_FULL or v.status == FAILS}
+    asked = {v.status for v in found if v.claim != LORA_AGAINST_FULL or v.effect}
     return 7 if FAILS in asked else 8 if {UNDECIDED, NOT_RUN} & asked else 0
 
 
@@ -252,9 +267,10 @@ def arm_table(found: Sequence[Arm]) -> list[str]:
                   "| arm | " + " | ".join(f"{rate:.1e}" for rate in rates) + " | best |",
                   "|---|" + "---|" * (len(rates) + 1)]  # fmt: skip
         for arm in some:
-            cells = ["diverged" if r in arm.diverged and r not in arm.losses
-                     else f"{arm.losses[r]:.3f}" if r in arm.losses else "" for r in rates]  # fmt: skip
+            cells = ["diverged" if r in arm.diverged else f"{arm.losses[r]:.3f}" if r in arm.losses else ""
+                     for r in rates]  # fmt: skip
             edge = "" if arm.bracketed else " (edge)"
-            lines.append(f"| {arm.name} | " + " | ".join(cells) + f" | {arm.best[1]:.3f} at {arm.best[0]:.1e}{edge} |")
+            best = f"{arm.best[1]:.3f} at {arm.best[0]:.1e}{edge}" if arm.losses else "none"
+            lines.append(f"| {arm.name} | " + " | ".join(cells) + f" | {best} |")
         lines.append("")
     return lines

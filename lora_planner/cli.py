@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +26,15 @@ class Commands(click.Group):
     """Every command's errors end here: one line, the exit code of the error, never a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # a closed one is None
+                stream.reconfigure(errors="replace")  # names from files may have signs that a terminal lacks
         try:
             return super().invoke(ctx)
         except LoraPlanError as error:
             _fail(error, as_json="--json" in sys.argv[1:])
         except BrokenPipeError:  # `| head` closed our output: not an error of ours
-            sys.stderr.close()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
             sys.exit(0)
 
 
@@ -336,7 +341,10 @@ def report(journals: tuple[str, ...], to: str | None) -> None:
         [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
     )
     if to:
-        Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")
+        try:
+            Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"cannot write the page: {error.strerror or error}", to, "Name another file.") from None
     else:
         click.echo(page)
 

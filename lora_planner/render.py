@@ -301,7 +301,11 @@ def advice_object(advice: Advice) -> dict[str, Any]:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # rich would exit with 1, our code for a bug; `cli.Commands` knows better
+
+    return Terminal(highlight=False, soft_wrap=False)
 
 
 def _grid(rows: Sequence[tuple[str, Any]]) -> Any:
@@ -622,8 +626,9 @@ def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequen
         table.add_column(heading, no_wrap=heading != "held-out nats per token by learning rate")
     for arm in arms:
         cells = [f"{rate:.1e} {loss:.3f}" for rate, loss in arm.losses.items()]
-        cells += [f"{rate:.1e} diverged" for rate in arm.diverged if rate not in arm.losses]
-        table.add_row(one_line(arm.name), "  ".join(cells), f"{arm.best[1]:.3f}" + ("" if arm.bracketed else " (edge)"))
+        cells += [f"{rate:.1e} diverged" for rate in arm.diverged]
+        best = f"{arm.best[1]:.3f}" + ("" if arm.bracketed else " (edge)") if arm.losses else "none"
+        table.add_row(one_line(arm.name), "  ".join(cells), best)
     console.print(_text(("base ", "bold"), base, ("  device ", "bold"), gpu.name, _dim("  runs "), _dim(one_line(out))))
     console.print(table)
     console.print()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import TextIOBase
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -12,12 +15,40 @@ from lora_planner.record import Json
 from lora_planner.units import duration
 from runner.sweep import Planned
 
+T = TypeVar("T")
+
+
+class Stderr(TextIOBase):
+    """The stream of a board. A terminal that went away ends the showing, never the sweep."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr  # now: live bars put something else in its place
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self.stream, "encoding", None) or "ascii"
+
+    def isatty(self) -> bool:
+        return self._tried(lambda: self.stream.isatty(), False)
+
+    def write(self, text: str) -> int:
+        return self._tried(lambda: self.stream.write(text), len(text))
+
+    def flush(self) -> None:
+        self._tried(lambda: self.stream.flush(), None)
+
+    def _tried(self, action: Callable[[], T], otherwise: T) -> T:
+        try:
+            return action() if self.stream else otherwise
+        except (OSError, ValueError):  # ValueError: it was closed
+            return otherwise
+
 
 class Board:
     """Live bars on a terminal; elsewhere one plain line a run. Everything goes to stderr, stdout has the result."""
 
     def __init__(self, slots: int = 1) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(file=Stderr(), soft_wrap=True, highlight=False, markup=False, emoji=False)
         self.slots = slots
         self.bars: dict[str, TaskID] = {}
         self.live: Progress | None = None
@@ -31,7 +62,7 @@ class Board:
         self.begun = time.monotonic()
         kept = f", {done} done before" if done else ""
         expected = duration(self.expected / self.slots)
-        self.console.print(f"{len(left)} runs{kept}, about {expected} of training expected", highlight=False)
+        self.console.print(f"{len(left)} runs{kept}, about {expected} of training expected")
         if self.console.is_terminal:
             self.live = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -60,7 +91,7 @@ class Board:
         if self.left and self.spent_expected:
             ahead = (self.expected - self.spent_expected) * (time.monotonic() - self.begun) / self.spent_expected
             line += f"; {duration(max(0.0, ahead))} left"
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line)
         if not self.left:
             self.close()
 

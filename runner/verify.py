@@ -99,9 +99,12 @@ def own_base(name: str, home: Path, kind: str, cores: int) -> base.Base:
         place = Place(work, {start.key: start.path})
         workers = Workers(slots(kind, 1, cores, cores)[:1], place.to_json(), save_to=out)
         board = Board()
+        # all cores work on this one run: a device of its own
+        gpu = measure.cpu_device(cores) if kind == facts.CPU else device()[1]
+        forecast = predict(spec, start.config(), gpu)
         tokens = spec.steps * spec.batch * spec.seq_len
         board.console.print(f"pre-training {start.key} on {tokens:,} tokens of source code", highlight=False)
-        [run] = sweep(work, [Planned(spec, start.config(), {})], workers, board)
+        [run] = sweep(work, [Planned(spec, start.config(), forecast)], workers, board)
         from runner.sweep import require_finished
 
         require_finished([run])
