@@ -17,7 +17,8 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,7 +128,7 @@ class Clock(TrainerCallback):
         self.lap.step_s.append(perf_counter() - self.lap.begun[-1])
 
 
-def pinned(kind: type[Trainer]) -> type[Trainer]:
+def pinned(kind: type[Trainer]) -> Any:
     """The same Trainer, which takes its rows in their order and keeps the tokens and the loss of each step."""
 
     class Pinned(kind):  # type: ignore[misc, valid-type]
@@ -152,8 +153,7 @@ def arguments(spec: RunSpec, directory: Path) -> dict[str, Any]:
     """Our loop's settings in the words of TrainingArguments; `adamw_torch` is the optimizer that we build."""
     return {
         "output_dir": str(directory / "out"), "max_steps": spec.steps, "seed": spec.seed,
-        "per_device_train_batch_size": spec.micro_batch, "gradient_accumulation_steps": spec.accumulation,
-        "learning_rate": spec.lr, "lr_scheduler_type": "constant", "optim": "adamw_torch", "weight_decay": 0.0,
+        "per_device_train_batch_size": spec.micro_batch, "learning_rate": spec.lr, "lr_scheduler_type": "constant", "optim": "adamw_torch", "weight_decay": 0.0,
         "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_epsilon": spec.adam_eps, "max_grad_norm": 0.0,
         "use_cpu": spec.device == "cpu", "bf16": spec.precision == "bf16", "gradient_checkpointing": False,
         "remove_unused_columns": False, "dataloader_pin_memory": False, "report_to": "none",
@@ -194,9 +194,7 @@ def words_for(model: Model) -> PreTrainedTokenizerFast:
     from tokenizers.models import WordLevel
 
     vocabulary = {str(i): i for i in range(model.vocab_size)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="0")), pad_token="0", eos_token="1"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="0")), pad_token="0")
 
 
 def make_case(size: str, method: str, steps: int | None, device: torch.device, directory: Path) -> Case:
@@ -273,11 +271,12 @@ def table(case: Case, laps: dict[str, list[Lap]]) -> list[str]:
 
 def report(tables: list[str], device: torch.device, rounds: int, left_out: str) -> str:
     stamp = measure.environment(device)
-    packages = ", ".join(f"{name} {measure._version(name)}" for name in ("torch", "transformers", "peft", "trl"))
+    used = ("torch", "transformers", "peft", *(() if left_out else ("trl",)))
+    packages = ", ".join(f"{name} {version(name)}" for name in used)
     lines = [
         "# Our loop beside Trainer and SFTTrainer", "",
         f"{stamp['device']}, Python {stamp['python']}, {packages}, commit {stamp['commit']}; one run of "
-        f"`python -m benchmarks.loops`, {rounds} rounds in turns.",
+        f"`python -m benchmarks.loops`, the loops in turns, rounds: {rounds}.",
         "",
         f"Seconds of a round are those of its median step, the first {WARM_UP} left out; the table has the median of "
         "the rounds with their 10 % and 90 % points, and of the ratio within a round. Every loop was seen to train the "
@@ -287,11 +286,10 @@ def report(tables: list[str], device: torch.device, rounds: int, left_out: str) 
         "which Trainer does before `on_step_begin`. `begin to begin` is all of a step in every loop.",
         "",
         "Random weights and tokens, AdamW of torch (`adamw_torch`, not the fused one), constant learning rate, no "
-        "clipping, no logging, no checkpoints. SFTTrainer also counts entropy and token accuracy in each step.",
+        "clipping, no logging, no checkpoints. "
+        + (left_out or "SFTTrainer also counts entropy and token accuracy in each step."),
         "",
     ]  # fmt: skip
-    if left_out:
-        lines += [left_out, ""]
     return "\n".join([*lines, *tables]).rstrip() + "\n"
 
 
@@ -323,12 +321,12 @@ def main() -> None:
                 case = make_case(size, method, options.steps, device, Path(directory))
                 laps = run(case, loops, options.rounds, Path(directory))
                 void += differences(case, laps)
-                tables += table(case, laps)
+                rows = table(case, laps)
+                print("\n".join(rows), flush=True)
+                tables += rows
     if void:
         sys.exit("The comparison is void, nothing was written:\n" + "\n".join(void))
-    text = report(tables, device, options.rounds, left_out)
-    (ROOT / "reports/loops.md").write_text(text)
-    print(text)
+    (ROOT / "reports/loops.md").write_text(report(tables, device, options.rounds, left_out))
 
 
 if __name__ == "__main__":

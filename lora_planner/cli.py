@@ -297,7 +297,7 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
     runs = runner.run(scene, [*runner.probes(scene), *runner.checks(scene)])
     from calibrate import constants, probe
     from lora_planner import facts
-    from lora_planner.predict import predict
+    from lora_planner.predict import lengths_of, predict
     from lora_planner.record import read_runs
     from lora_planner.throughput import OWN_STACK, stack
 
@@ -306,7 +306,7 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
     before = dict(stack(OWN_STACK, scene.gpu).rows)
     rows, memory = probe.fit(runs, scene.gpu), probe.fit_memory(runs, scene.gpu)
     path = constants.write(rows, facts.home(), memory=memory, gpus=[scene.gpu])
-    after = {run.key: predict(run.spec, run.config, scene.gpu) for run in here}
+    after = {run.key: predict(run.spec, run.config, scene.gpu, lengths=lengths_of(run.predicted)) for run in here}
     errors = probe.errors(here, {run.key: run.predicted for run in here}, after)
     if as_json:
         document = {"device": scene.gpu.name, "constants": [*rows, *memory], "errors": errors, "file": path.name}

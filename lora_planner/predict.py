@@ -6,6 +6,7 @@ The same function predicts again after a calibration, so that the two differ in 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lora_planner.arch import from_config
@@ -21,27 +22,46 @@ from lora_planner.throughput import stack as stack_of
 from lora_planner.workload import work
 
 PROBE = "probe"  # the task that the constants are fitted on
+#: names of a prediction
+MEAN_LENGTH, LONGEST = "mean_length", "longest_length"
 #: tasks whose samples all have exactly `seq_len` tokens: no batch of them needs a mask
 UNPADDED = (PROBE, "code", "shift")
 
 
-def predict(spec: RunSpec, config: Mapping[str, Any], gpu: Gpu, stack: str = OWN_STACK) -> dict[str, Estimate]:
+def predict(
+    spec: RunSpec, config: Mapping[str, Any], gpu: Gpu, stack: str = OWN_STACK,
+    lengths: tuple[float, float] | None = None,
+) -> dict[str, Estimate]:  # fmt: skip
     """trainable [params], peak_bytes, step_s, tokens_per_s (padded), each with its 90 % interval.
 
+    `lengths`: tokens to which this run's micro-batches are padded, the mean (time) and the longest (memory); they
+    are part of what is returned. Without them both are the spec's seq_len.
     An RL step also samples, which nothing here models: of such a run only the trainable parameters are known.
     """
     model = from_config(dict(config))
     found = {"trainable": exact(trainable_params(model, spec.plan_method()), "params", "params.trainable_params")}
     if spec.objective != "sft":
         return found
-    seconds = step_time(step_work(spec, model, gpu), gpu, stack_of(stack, gpu)).estimate()
-    tokens = spec.batch * spec.seq_len
+    mean, longest = lengths or (spec.seq_len, spec.seq_len)
+    if lengths:
+        found[MEAN_LENGTH] = exact(mean, "tokens", "the data, in the run's order")
+        found[LONGEST] = exact(longest, "tokens", "the data")
+    asked = step_work(replace(spec, seq_len=max(1, round(mean))), model, gpu)
+    seconds = step_time(asked, gpu, stack_of(stack, gpu)).estimate()
+    tokens = spec.batch * mean
     found["step_s"] = seconds
     found["tokens_per_s"] = Estimate(
         tokens / seconds.high, tokens / seconds.value, tokens / seconds.low, "tokens/s", seconds.basis, seconds.source
     )
-    found["peak_bytes"] = peak_bytes(spec, model, gpu, stack)
+    found["peak_bytes"] = peak_bytes(replace(spec, seq_len=int(longest)), model, gpu, stack)
     return found
+
+
+def lengths_of(predicted: Mapping[str, Estimate]) -> tuple[float, float] | None:
+    """What an earlier prediction knew of the run's data, to predict again with other constants."""
+    if MEAN_LENGTH not in predicted:
+        return None
+    return predicted[MEAN_LENGTH].value, predicted[LONGEST].value
 
 
 def step_work(spec: RunSpec, model: Model, gpu: Gpu) -> Work:

@@ -623,7 +623,7 @@ def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequen
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("arm", "held-out nats per token by learning rate", "best"):
-        table.add_column(heading, no_wrap=heading != "held-out nats per token by learning rate")
+        table.add_column(heading, overflow="fold")
     for arm in arms:
         cells = [f"{rate:.1e} {loss:.3f}" for rate, loss in arm.losses.items()]
         cells += [f"{rate:.1e} diverged" for rate in arm.diverged]
@@ -646,7 +646,7 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("constant", "before", "now", "runs"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in rows:
         old = before.get(row.name)
         table.add_row(row.name, f"{old.value:.3g} [{old.low:.3g}, {old.high:.3g}]" if old else "",
@@ -656,7 +656,7 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("runs not in the fit", "n", "median error", "worst error", "inside the 90 % interval"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for e in errors:
         table.add_row(e.quantity, str(e.n), f"{e.median_before:.1%} -> {e.median_after:.1%}",
                       f"{e.worst_before:.1%} -> {e.worst_after:.1%}", f"{e.covered_before} -> {e.covered_after}")  # fmt: skip

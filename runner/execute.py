@@ -282,7 +282,8 @@ def _measured(spec: RunSpec, model: Model, module: Any, task: tasks.Task, progre
     if progress.step:
         tokens = progress.padded_tokens / progress.step
         seconds = measure.summary(progress.step_s)
-        per_token = flops.train(model, spec.plan_method(), spec.seq_len, spec.attention, "none", spec.micro_batch).total
+        length = max(1, round(tokens / spec.batch))
+        per_token = flops.train(model, spec.plan_method(), length, spec.attention, "none", spec.micro_batch).total
         found |= {
             "tokens_per_step": tokens, "step_median_s": seconds[0], "step_p10_s": seconds[1], "step_p90_s": seconds[2],
             "tokens_per_s": tokens / seconds[0], "model_flops_per_s": per_token * tokens / seconds[0],

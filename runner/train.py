@@ -267,6 +267,14 @@ def check_moved(spec: RunSpec, module: Any, norm: float, progress: Progress) -> 
         progress.notes.append(f"adapters not moved by step 1: {', '.join(still[:5])}, {len(still)} in all")
 
 
+def padded_lengths(spec: RunSpec, samples: Sequence[Sample]) -> tuple[float, float]:
+    """Tokens to which the micro-batches of this run are padded: the mean in its order, and the longest of all."""
+    every = [len(samples[i].tokens) for i in order(len(samples), 0, spec.steps * spec.batch, spec.seed)]
+    n = spec.micro_batch
+    found = [max(every[i : i + n]) for i in range(0, len(every), n)]
+    return sum(found) / len(found), max(len(s.tokens) for s in samples)
+
+
 def noise_scale(objective: Supervised, module: Any, batches: int = 4) -> float | None:
     """Simple gradient noise scale, in samples: the batch at which noise and signal in the gradient are equal.
 

@@ -17,10 +17,12 @@ from lora_planner.facts import Gpu
 from lora_planner.learning_rate import advise
 from lora_planner.predict import predict
 from lora_planner.record import Json, RunRecord, RunSpec
-from runner import base, measure
+from runner import base, measure, tasks
 from runner.board import Board
 from runner.execute import Place
 from runner.sweep import Planned, Workers, slots, sweep
+from runner.tasks import Sample
+from runner.train import padded_lengths
 
 #: half a decade: a parabola through three such points finds an optimum within a factor of 1.5
 GRID = 10**0.5
@@ -114,10 +116,24 @@ def own_base(name: str, home: Path, kind: str, cores: int) -> base.Base:
 
 
 def planned(scene: Scene, specs: Sequence[RunSpec]) -> list[Planned]:
-    """Specs with the planner's predictions as of now."""
-    stamp = f"lora-plan {__version__}"
+    """Specs with the planner's predictions as of now; of the user's data it knows the lengths and the order."""
     configs = {key: scene.place.base(key).config() for key in {spec.base for spec in specs}}
-    return [Planned(spec, configs[spec.base], predict(spec, configs[spec.base], scene.gpu), stamp) for spec in specs]
+    data: dict[int, list[Sample]] = {}
+
+    def lengths(spec: RunSpec) -> tuple[float, float] | None:
+        if spec.task != "jsonl":
+            return None
+        if spec.seq_len not in data:
+            words = base.tokenizer(scene.source)
+            data[spec.seq_len] = tasks.build(spec.task, words, spec.seq_len, 0, dict(spec.task_args)).train
+        return padded_lengths(spec, data[spec.seq_len])
+
+    stamp = f"lora-plan {__version__}"
+    return [
+        Planned(spec, config, predict(spec, config, scene.gpu, lengths=lengths(spec)), stamp)
+        for spec in specs
+        for config in (configs[spec.base],)
+    ]
 
 
 def run(scene: Scene, specs: Sequence[RunSpec]) -> list[RunRecord]:
