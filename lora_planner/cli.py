@@ -251,7 +251,8 @@ RUNS = options(
 @click.option("--ranks", default="1,4,16", show_default=True, metavar="N[,N]")
 @click.option("--steps", type=click.IntRange(2), default=60, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--rates", type=click.IntRange(2), default=4, show_default=True, help="Learning rates an arm.")
+@click.option("--rates", type=click.IntRange(2), default=3, show_default=True,
+              help="Learning rates an arm to begin with; more where the best is at the end.")  # fmt: skip
 def verify(as_json: bool, out: str, ranks: str, steps: int, seeds: int, rates: int, **words: Any) -> None:
     """Run LoRA and full fine-tuning here, hold what was predicted against what is measured.
 
@@ -265,7 +266,7 @@ def verify(as_json: bool, out: str, ranks: str, steps: int, seeds: int, rates: i
 
     runner = _runner()
     scene = _scene(runner, out, words)
-    runs = runner.run(scene, runner.arms(scene, _ranks(ranks), steps, seeds, rates))
+    runs = runner.run_arms(scene, _ranks(ranks), steps, seeds, rates)
     from calibrate.score import scores
     from calibrate.verdict import arms, exit_code, verdicts
     from runner.sweep import require_finished

@@ -26,6 +26,7 @@ from runner.train import padded_lengths
 
 #: half a decade: a parabola through three such points finds an optimum within a factor of 1.5
 GRID = 10**0.5
+EXTENSIONS = 3
 DEFAULT_BASE = {"cpu": "qwen3-1m", "cuda": "qwen3-30m"}
 
 
@@ -143,6 +144,40 @@ def run(scene: Scene, specs: Sequence[RunSpec]) -> list[RunRecord]:
         return sweep(scene.out, planned(scene, specs), Workers(scene.workers, scene.place.to_json()), board)
     finally:
         board.close()
+
+
+def run_arms(scene: Scene, ranks: Sequence[int], steps: int, seeds: int, points: int) -> list[RunRecord]:
+    """The arms; where the best rate of one is at the end of its grid, a rate beyond that end, up to three times."""
+    specs = arms(scene, ranks, steps, seeds, points)
+    runs = run(scene, specs)
+    for _ in range(EXTENSIONS):
+        more = beyond(runs)
+        if not more:
+            break
+        specs += more
+        runs = run(scene, specs)
+    return runs
+
+
+def beyond(runs: Sequence[RunRecord]) -> list[RunSpec]:
+    """Specs one grid step past the end at which an arm's best mean loss lies; a diverged run counts as worse."""
+    groups: dict[tuple[str, int, str], list[RunRecord]] = {}
+    for found in runs:
+        if not found.spec.repeat:
+            groups.setdefault((found.spec.method, found.spec.rank, found.spec.init), []).append(found)
+    more = []
+    for some in groups.values():
+        losses: dict[float, list[float]] = {}
+        for found in some:
+            loss = found.final_loss
+            losses.setdefault(found.spec.lr, []).append(float("inf") if loss is None else loss)
+        mean = {rate: sum(values) / len(values) for rate, values in losses.items()}
+        best = min(mean, key=lambda rate: mean[rate])
+        if mean[best] == float("inf") or min(mean) < best < max(mean):
+            continue
+        rate = float(f"{best * (GRID if best == max(mean) else 1 / GRID):.2g}")
+        more += [replace(found.spec, lr=rate) for found in some if found.spec.lr == best]
+    return more
 
 
 def arms(scene: Scene, ranks: Sequence[int], steps: int, seeds: int, points: int) -> list[RunSpec]:
