@@ -216,13 +216,13 @@ def make_case(size: str, method: str, steps: int | None, device: torch.device, d
 def run(
     case: Case, loops: dict[str, Callable[[Case, Path], Lap]], rounds: int, directory: Path
 ) -> dict[str, list[Lap]]:
-    """Laps of each loop, one a round, in turns."""
+    """Laps of each loop, one a round, in turns; a round before them, cold for whoever is first, is dropped."""
     laps: dict[str, list[Lap]] = {name: [] for name in loops}
-    for _ in range(rounds):
+    for _ in range(1 + rounds):
         for name, loop in loops.items():
             gc.collect()
             laps[name].append(loop(case, directory))
-    return laps
+    return {name: turns[1:] for name, turns in laps.items()}
 
 
 def differences(case: Case, laps: dict[str, list[Lap]]) -> list[str]:
@@ -279,7 +279,7 @@ def report(tables: list[str], device: torch.device, rounds: int, left_out: str) 
         f"`python -m benchmarks.loops`, the loops in turns, rounds: {rounds}.",
         "",
         f"Seconds of a round are those of its median step, the first {WARM_UP} left out; the table has the median of "
-        "the rounds with their 10 % and 90 % points, and of the ratio within a round. Every loop was seen to train the "
+        "the rounds, after one to warm up, with their 10 % and 90 % points, and of the ratio within a round. Every loop was seen to train the "
         f"same tokens and as many parameters, and its first and last losses are ours to {AGREE:g} nats a token.",
         "",
         "`step`: forward, backward, norm of the gradients and update; ours also picks and collates its samples in it, "

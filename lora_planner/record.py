@@ -157,7 +157,8 @@ class RunRecord:
     def final_loss(self) -> float | None:
         """Held-out loss after the last step, of a finished run."""
         points = self.measured.get("held_out") or []
-        return float(points[-1][1]) if self.status == FINISHED and points else None
+        known = self.status == FINISHED and points and points[-1][1] is not None
+        return float(points[-1][1]) if known else None
 
 
 @dataclass(slots=True)
@@ -221,7 +222,7 @@ def parse(text: str) -> Json:
     crc = document.pop("crc", None)
     if crc != zlib.crc32(canonical(document).encode()):
         raise ValueError("its checksum is wrong")
-    if document.get("schema") != SCHEMA or document.get("event") not in EVENTS:
+    if document.get("schema") != SCHEMA or document.get("event") not in EVENTS or "key" not in document:
         raise ValueError(f"schema {document.get('schema')!r}, event {document.get('event')!r} are unknown here")
     return document
 

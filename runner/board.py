@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOBase
 from typing import TypeVar
 
@@ -40,8 +42,12 @@ class Stderr(TextIOBase):
     def _tried(self, action: Callable[[], T], otherwise: T) -> T:
         try:
             return action() if self.stream else otherwise
+        except BrokenPipeError:
+            with suppress(OSError):  # what is still buffered goes nowhere: at exit it would turn 0 into 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except (OSError, ValueError):  # ValueError: it was closed
-            return otherwise
+            pass
+        return otherwise
 
 
 class Board:

@@ -234,8 +234,11 @@ def train(spec: RunSpec, module: Any, objective: Objective, optimizer: torch.opt
 def evaluate(spec: RunSpec, module: Any, objective: Objective, hooks: Hooks, progress: Progress) -> None:
     with hooks.phase("evaluate"):
         module.eval()
-        progress.held_out.append([progress.step, objective.evaluate()])
+        nats = objective.evaluate()
         module.train()
+    if not math.isfinite(nats):
+        raise Diverged(f"after step {progress.step}: held-out loss {nats:g}")
+    progress.held_out.append([progress.step, nats])
 
 
 def check(spec: RunSpec, step: int, loss: float, norm: float, guessing: float, progress: Progress) -> None:

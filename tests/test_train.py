@@ -175,6 +175,13 @@ def test_f6_a_rate_that_explodes_is_a_diverged_run() -> None:
         run(replace(SPEC, method="full", lr=3.0, steps=40))
 
 
+def test_f6_an_evaluation_without_a_number_is_a_diverged_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN on held-out text after the last step: not a finished run whose loss is missing."""
+    monkeypatch.setattr(Supervised, "evaluate", lambda self: math.nan)
+    with pytest.raises(Diverged, match="held-out loss nan"):
+        run(SPEC)
+
+
 def test_f6_a_loss_of_zero_is_no_loss() -> None:
     """Nothing to train on is not a perfect model."""
     untrained = [replace(s, labels=(-100,) * 16) for s in counting(16)]

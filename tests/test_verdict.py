@@ -370,7 +370,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[RunRecord]],
     """`lora-plan verify` whose runs were these."""
 
     def command(runs: Sequence[RunRecord], *words: str) -> Result:
-        stand_in = SimpleNamespace(arms=lambda *_: [], run=lambda *_: list(runs))
+        stand_in = SimpleNamespace(run_arms=lambda *_: list(runs))
         scene = SimpleNamespace(gpu=gpu("h100-sxm-80gb"), source=SimpleNamespace(key="base"))
         monkeypatch.setattr(cli, "_runner", lambda: stand_in)
         monkeypatch.setattr(cli, "_scene", lambda *_: scene)
@@ -477,13 +477,15 @@ RECOMMEND = ("recommend", "--model", "qwen3-8b", "--tokens", "10M", "--gpu", "h1
 ASCII = ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
 
 
-def process(*words: str, shell: str = "", env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def process(*words: str, shell: str = "", env: Mapping[str, str] | None = None, stdout: int = subprocess.PIPE,
+            stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """A whole process; `shell` is what a shell does with it, where "$@" is the command."""
     command = [sys.executable, *words]
     if shell:
         command = ["sh", "-c", shell, "sh", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})})  # fmt: skip
+    # buffered, as from a shell: what is left in the buffer is written at exit, after every handler
+    around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", **(env or {})}
+    return subprocess.run(command, stdout=stdout, stderr=stderr, text=True, timeout=60, cwd=ROOT, env=around)
 
 
 @contextmanager
@@ -511,8 +513,8 @@ def test_output_that_nobody_reads(commands: list[tuple[str, ...]]) -> None:
         done = process(*words, shell='exec "$@" >&-')
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), words
         with unread() as pipe:
-            broken = subprocess.run([sys.executable, *words], stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
-        assert (broken.returncode, broken.stderr) == (0, b""), words
+            broken = process(*words, stdout=pipe)
+        assert (broken.returncode, broken.stderr) == (0, ""), words
 
 
 @pytest.mark.parametrize("env", ASCII, ids=["PYTHONIOENCODING", "LC_ALL"])
@@ -652,6 +654,5 @@ print(len(sweep(Path(sys.argv[1]), PLANNED, Inline(executed), Board())))
 def test_stdout_survives_a_broken_stderr(tmp_path: Path) -> None:
     """`2> >(head -1)`: nobody reads the board, the result still comes."""
     with unread() as pipe:
-        done = subprocess.run([sys.executable, "-c", SWEEP, str(tmp_path)], stdout=subprocess.PIPE, stderr=pipe, cwd=ROOT,
-                              timeout=60)  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, b"3\n")
+        done = process("-c", SWEEP, str(tmp_path), stderr=pipe)
+    assert (done.returncode, done.stdout) == (0, "3\n")
