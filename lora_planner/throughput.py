@@ -46,8 +46,9 @@ class Traffic:
 
 #: by bytes of an activation. In 16 bit, norms and the loss cast to fp32 and back, and so does an adapter's
 #: input; in fp32 nothing is cast: a norm is two squares, a mean and two products (28), the loss a log-softmax
-#: and its gradient (24)
-TRAFFIC = {2: Traffic(32, 20, 10, 14, 12, 16, 30), 4: Traffic(28, 40, 20, 0, 20, 24, 24)}
+#: and its gradient (24). What A's skinny products read and write of x over three passes is 4 + 4 + 12 (7 a pass),
+#: what B's, the scale and the sum do to the output 24 + 16 (13)
+TRAFFIC = {2: Traffic(32, 20, 10, 14, 12, 16, 30), 4: Traffic(28, 40, 20, 7, 13, 24, 24)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,9 +203,10 @@ def arms(scene: Scene, ranks: Sequence[int], steps: int, seeds: int, points: int
     return [*full, *lora, again, *scratch]
 
 
-def probes(scene: Scene, rank: int = 8) -> list[RunSpec]:
+def probes(scene: Scene) -> list[RunSpec]:
     """Two lengths x two micro-batches, LoRA and full: what `calibrate` fits its constants on.
 
+    LoRA's rank is small in one half and large in the other, which tells its products from its traffic.
     On a small base of our own also at twice its width, since constants of one width say little about others.
     """
     short, long = max(16, scene.seq_len // 2), scene.seq_len * 2
@@ -218,7 +219,10 @@ def probes(scene: Scene, rank: int = 8) -> list[RunSpec]:
         for words in bases
         for length in (short, long)
         for micro in (few, many)
-        for arm in ({"method": "full", "rank": 0, "alpha": 0.0}, {"rank": rank})
+        for arm in (
+            {"method": "full", "rank": 0, "alpha": 0.0},
+            {"rank": 4 if (length == short) == (micro == few) else 32},
+        )
     ]
 
 
