@@ -187,9 +187,40 @@ class Score:
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "fails", "undecided", "not run"
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line or cloud of a plot. `low`, `high`: the ends of a band, or empty. `style`: "line", "points" or "fit"."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    style: str = "line"
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Data of a picture; whoever draws it adds no number."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_log: bool = False
+    y_log: bool = False
+
+
 @dataclass(slots=True)
 class Verdict:
-    """What the runs say about one sentence. `status` is one of the four words above."""
+    """What the runs say about one sentence. `status` is one of the four words above.
+
+    effect     the measured value with its 95 % interval, in the unit of the published one
+    n          runs behind it;  `keys` names those that decided, or those that are wrong
+    p          of the test that decides, for the correction over a family of claims; None: arithmetic, no test
+    control    what is known to differ and was found to, or was not: then nothing else counts
+    plot       the data behind it as a picture
+    """
 
     claim: str
     status: str
@@ -197,6 +228,9 @@ class Verdict:
     effect: Estimate | None = None
     n: int = 0
     keys: tuple[str, ...] = ()
+    p: float | None = None
+    control: str = ""
+    plot: Plot | None = None
 
 
 def canonical(document: Mapping[str, Any]) -> str:

@@ -297,6 +297,7 @@ from pathlib import Path
 from dataclasses import replace
 sys.path[:0] = [{tests!r}]
 import test_runs as t
+from lora_planner.errors import Stopped
 from runner.sweep import Workers, slots
 class Loud(t.Silent):
     def message(self, planned, message):
@@ -306,7 +307,7 @@ specs = [t.replace(t.SPEC, steps={steps}, seed=i) for i in range({n})]
 workers = Workers(slots("cpu", 0, {slots}), t.place(base, out).to_json())
 try:
     t.sweep(out, t.planned(specs), workers, Loud())
-except t.Stopped as error:
+except Stopped as error:
     sys.exit(error.exit_code)
 """
 
