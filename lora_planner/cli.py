@@ -308,7 +308,12 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
     rows, memory = probe.fit(runs, scene.gpu), probe.fit_memory(runs, scene.gpu)
     path = constants.write(rows, facts.home(), memory=memory, gpus=[scene.gpu])
     after = {run.key: predict(run.spec, run.config, scene.gpu, lengths=lengths_of(run.predicted)) for run in here}
-    errors = probe.errors(here, {run.key: run.predicted for run in here}, after)
+    now = {run.key for run in runs}
+    planned_as = {run.key: run.predicted for run in here}
+    errors = {
+        "shapes not in the fit, same sitting": probe.errors([r for r in here if r.key in now], planned_as, after),
+        "runs of another sitting": probe.errors([r for r in here if r.key not in now], planned_as, after),
+    }
     if as_json:
         document = {"device": scene.gpu.name, "constants": [*rows, *memory], "errors": errors, "file": path.name}
         click.echo(render.to_json(render.envelope(render.plain(document), inputs=words)))

@@ -25,7 +25,7 @@ from lora_planner.ledger import Estimate
 from lora_planner.method import DEFAULT_ALPHA, Method, method
 
 SCHEMA = 1
-EVENTS = ("planned", "started", "ended")
+EVENTS = ("registered", "planned", "started", "ended")
 
 FINISHED, DIVERGED, OOM, INTERRUPTED = "finished", "diverged", "oom", "interrupted"
 KILLED, INVALID, FAILED, QUEUED = "killed", "invalid", "failed", "queued"
@@ -46,7 +46,9 @@ class RunSpec:
     repeat          same-seed reruns, which measure the noise floor, differ in this alone
     precision       "fp32", or "bf16": autocast, a frozen base in bf16; trained weights are fp32 in both
     eval_every      steps between held-out losses; 0: only before the first and after the last step
+    eval_at         further steps with a held-out loss after them
     adam_eps        small, or high ranks are damped silently: the gradient of B scales with alpha / r
+    objective       "sft", "rl", or "kernel": gradients of `steps` samples at the start, and no training
     group, new_tokens   RL: samples per prompt, tokens sampled
     """
 
@@ -73,6 +75,7 @@ class RunSpec:
     attention: str = "sdpa"
     device: str = "cpu"
     eval_every: int = 0
+    eval_at: tuple[int, ...] = ()
     adam_eps: float = 1e-10
     group: int = 0
     new_tokens: int = 0
@@ -87,7 +90,8 @@ class RunSpec:
         return hashlib.sha256(canonical(self.to_json()).encode()).hexdigest()[:16]
 
     def to_json(self) -> Json:
-        return {**asdict(self), "task_args": dict(self.task_args), "targets": list(self.targets)}
+        return {**asdict(self), "task_args": dict(self.task_args), "targets": list(self.targets),
+                "eval_at": list(self.eval_at)}  # fmt: skip
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> RunSpec:
@@ -99,7 +103,9 @@ class RunSpec:
             )
         words = dict(document)
         words["task_args"] = tuple(sorted(words.get("task_args", {}).items()))
-        words["targets"] = tuple(words.get("targets", ("all-linear",)))
+        for name in ("targets", "eval_at"):
+            if name in words:
+                words[name] = tuple(words[name])
         return cls(**words)
 
     def plan_method(self) -> Method:

@@ -638,9 +638,10 @@ def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequen
     )
 
 
-def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Constant], errors: Sequence[Any],
+def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Constant],
+                     errors: Mapping[str, Sequence[Any]],
                      path: str) -> None:  # fmt: skip
-    """Constants before and after, and errors on runs that the fit has not seen. `errors`: calibrate.probe.Errors."""
+    """Constants before and after, and errors on runs that the fit has not seen, by kind of run: probe.Errors."""
     from rich.table import Table
 
     console = _console()
@@ -654,11 +655,15 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
     console.print(_text((gpu.name, "bold")))
     console.print(table)
     console.print()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("runs not in the fit", "n", "median error", "worst error", "inside the 90 % interval"):
-        table.add_column(heading, overflow="fold")
-    for e in errors:
-        table.add_row(e.quantity, str(e.n), f"{e.median_before:.1%} -> {e.median_after:.1%}",
-                      f"{e.worst_before:.1%} -> {e.worst_after:.1%}", f"{e.covered_before} -> {e.covered_after}")  # fmt: skip
-    console.print(table)
+    for title, some in errors.items():
+        if not some:
+            continue
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in (title, "n", "median error", "worst error", "inside the 90 % interval"):
+            table.add_column(heading, overflow="fold")
+        for e in some:
+            table.add_row(e.quantity, str(e.n), f"{e.median_before:.1%} -> {e.median_after:.1%}",
+                          f"{e.worst_before:.1%} -> {e.worst_after:.1%}", f"{e.covered_before} -> {e.covered_after}")  # fmt: skip
+        console.print(table)
+        console.print()
     console.print(_text(_dim(f"written to {one_line(path)}; later plans for {gpu.name} use it")))

@@ -25,6 +25,7 @@ from lora_planner.errors import BadInput, EnvironmentMissing, UnknownName, neare
 from lora_planner.record import RunSpec, canonical
 
 CHUNK = 1 << 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 DROPOUT = re.compile(r"(dropout|pdrop|dropout_prob|drop_rate)$")
 #: raised when a change of this package's code changes what pre-training makes
 RECIPE_VERSION = 1
@@ -32,7 +33,10 @@ RECIPE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Architecture and pre-training of a small base. `experts` > 0: a mixture, `intermediate` wide each."""
+    """Architecture and pre-training of a small base. `experts` > 0: a mixture, `intermediate` wide each.
+
+    `parent`: a recipe whose finished base this one goes on from, on `task`, with its own learning rate and steps.
+    """
 
     model_type: str
     hidden: int
@@ -48,6 +52,9 @@ class Recipe:
     experts: int = 0
     top_k: int = 0
     seed: int = 0
+    parent: str = ""
+    task: str = "code"
+    task_args: tuple[tuple[str, Any], ...] = ()
 
 
 # fmt: off
@@ -58,10 +65,20 @@ RECIPES = {
     # minutes on two cores
     "qwen3-1m":  Recipe("qwen3", 128, 4, 4, 2, 384, steps=1000, batch=16),
     "llama-1m":  Recipe("llama", 128, 4, 4, 4, 384, steps=1000, batch=16),
+    # the same at half and at twice the width: what moves with width
+    "qwen3-w64":  Recipe("qwen3", 64, 4, 4, 2, 192, steps=1000, batch=16),
+    "qwen3-w256": Recipe("qwen3", 256, 4, 4, 2, 768, steps=1000, batch=16),
+    # the first, which then learned sums with a habit of its own: what RL can sharpen
+    "qwen3-1m-sums": Recipe("qwen3", 128, 4, 4, 2, 384, steps=400, batch=32, seq_len=16, lr=1e-3, parent="qwen3-1m",
+                            task="arithmetic", task_args=(("share", 0.25), ("supervised", True))),
     "moe-2m":    Recipe("qwen3_moe", 128, 4, 4, 2, 192, steps=1000, batch=16, experts=8, top_k=2),
     "qwen3-3m":  Recipe("qwen3", 192, 6, 6, 2, 576, steps=2000, batch=16),
     # minutes on one data-centre GPU
     "qwen3-30m": Recipe("qwen3", 512, 10, 8, 4, 1536, steps=6000, batch=128, seq_len=256, vocab=4096, lr=1e-3),
+    "qwen3-30m-w256": Recipe("qwen3", 256, 10, 4, 2, 768, steps=6000, batch=128, seq_len=256, vocab=4096, lr=1e-3),
+    "qwen3-30m-w768": Recipe("qwen3", 768, 10, 12, 6, 2304, steps=6000, batch=128, seq_len=256, vocab=4096, lr=1e-3),
+    "qwen3-30m-sums": Recipe("qwen3", 512, 10, 8, 4, 1536, steps=400, batch=64, seq_len=16, vocab=4096, lr=3e-4,
+                             parent="qwen3-30m", task="arithmetic", task_args=(("share", 0.25), ("supervised", True))),
 }
 # fmt: on
 
@@ -105,10 +122,11 @@ def hf_config(recipe: Recipe, vocab: int) -> dict[str, Any]:
     return config
 
 
-def own_key(name: str, recipe: Recipe, digest: str, device: str) -> str:
-    """Name and hash of everything that makes the weights: recipe, text, libraries, kind of device."""
+def own_key(name: str, recipe: Recipe, digest: str, device: str, parent: str = "") -> str:
+    """Name and hash of everything that makes the weights: recipe, parent, text, libraries, kind of device."""
     made_by = {
-        "recipe": asdict(recipe), "text": digest, "recipe_version": RECIPE_VERSION, "device": device,
+        "recipe": asdict(recipe), "parent": parent, "text": digest, "recipe_version": RECIPE_VERSION,
+        "device": device,
         "libraries": {p: version(p) for p in ("torch", "transformers", "tokenizers")},
     }  # fmt: skip
     return f"{name}-{hashlib.sha256(canonical(made_by).encode()).hexdigest()[:12]}"
@@ -129,31 +147,36 @@ def ensure(name: str, home: Path, device: str, train: Callable[[RunSpec, Base, P
                           f"Known: {', '.join(RECIPES)}." + (f" Nearest: {close[0]}." if close else ""))  # fmt: skip
     recipe = RECIPES[name]
     digest = corpus.digest([*corpus.code_documents(), *corpus.prose_documents()])
-    key = own_key(name, recipe, digest, device)
+    parent = ensure(recipe.parent, home, device, train) if recipe.parent else None
+    key = own_key(name, recipe, digest, device, parent.key if parent else "")
     done, work = home / "bases" / key, home / "bases" / f"{key}.work"
     if (done / "base.json").is_file():
         return Base(key, done)
     start = work / "start"
-    if not (start / "config.json").is_file():
+    if parent:
+        start = parent.path
+    elif not (start / "config.json").is_file():
         start.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer(recipe.vocab)
         save(tokenizer, start)
         config = hf_config(recipe, tokenizer.get_vocab_size())
         (start / "config.json").write_text(json.dumps(config, indent=1))
     spec = RunSpec(
-        base=key, task="code", init="random", method="full", rank=0, alpha=0.0, lr=recipe.lr, schedule="cosine",
-        steps=recipe.steps, micro_batch=recipe.batch, seq_len=recipe.seq_len, seed=recipe.seed, device=device,
+        base=key, task=recipe.task, task_args=recipe.task_args, init="pretrained" if parent else "random",
+        method="full", rank=0, alpha=0.0, lr=recipe.lr, schedule="cosine", steps=recipe.steps, micro_batch=recipe.batch, seq_len=recipe.seq_len, seed=recipe.seed, device=device,
         precision="bf16" if device == "cuda" else "fp32", adam_eps=1e-8,
     )  # fmt: skip
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     measured = train(spec, Base(key, start), work / "checkpoints", out)
     for file in start.iterdir():
-        if file.name != "config.json":
+        if file.name in TOKENIZER_FILES:
             shutil.copy(file, out / file.name)
     story = {"name": name, "recipe": asdict(recipe), "text": digest, "held_out": measured["held_out"],
-             "nats": measured["held_out"][-1][1], "bigram_nats": measured["task"]["bigram_nats"],
-             "tokens": measured["trained_tokens"], "losses": measured["losses"]}  # fmt: skip
+             "nats": measured["held_out"][-1][1], "tokens": measured["trained_tokens"],
+             "losses": measured["losses"]}  # fmt: skip
+    if "bigram_nats" in measured["task"]:
+        story["bigram_nats"] = measured["task"]["bigram_nats"]
     (out / "base.json").write_text(json.dumps(story, indent=1))
     os.rename(out, done)
     shutil.rmtree(work, ignore_errors=True)

@@ -22,10 +22,11 @@ from lora_planner.errors import BadInput, LoraPlanError, UnknownName
 from lora_planner.model import Model
 from lora_planner.predict import PROBE
 from lora_planner.record import DIVERGED, FAILED, FINISHED, INTERRUPTED, INVALID, OOM, Json, RunSpec, canonical
-from runner import adapt, base, checkpoint, measure, tasks
+from runner import adapt, base, checkpoint, kernel, measure, tasks, update
 from runner.train import Diverged, Invalid, Objective, Progress, Supervised, noise_scale, optimizer_for, train
 
 Report = Callable[[Json], None]
+KERNEL = "kernel"
 TEXTS = ("code", "shift", "jsonl")
 #: seconds of work that a kill may cost
 SAVE_EVERY_S = 20.0
@@ -164,6 +165,8 @@ def _execute(
         module, notes = base.load(source, spec, device)
         module = adapt.attach(module, plan_model, spec.plan_method(), spec.seed)
     task = _task(spec, place, source, plan_model)
+    if spec.objective == KERNEL:
+        return Outcome(FINISHED, _kernel(spec, module, task, device, source))
     objective = _objective(spec, module, task, device, source)
     optimizer = optimizer_for(module, spec)
     watch = Watch(spec, place.checkpoints(spec), module, peaks, report, stop)
@@ -186,6 +189,7 @@ def _execute(
     if isinstance(objective, Supervised):
         measured["longest"] = objective.longest()[:8]
         measured["norms"] = adapt.spectral_norms(module)
+        measured |= _update(module, objective, spec)
         if spec.task != PROBE:
             measured["noise_scale"] = noise_scale(objective, module)
     if device.type == "cpu":
@@ -246,6 +250,26 @@ def _objective(spec: RunSpec, module: Any, task: tasks.Task, device: torch.devic
         return PolicyGradient(spec, module, task, device, lambda: autocast(device, spec.precision))
     words = base.tokenizer(source)
     return Supervised(spec, module, task, device, (words.pad_token_id if words else 0) or 0)
+
+
+def _kernel(spec: RunSpec, module: Any, task: tasks.Task, device: torch.device, source: base.Base) -> Json:
+    """The empirical NTK of what this spec would train, on the first `steps` samples of its order."""
+    words = base.tokenizer(source)
+    objective = Supervised(spec, module, task, device, (words.pad_token_id if words else 0) or 0)
+    found = kernel.placement_kernel(objective, module, spec.steps)
+    trainable = sum(p.numel() for p in adapt.trained(module).values())
+    return {"trainable": trainable, "kernel": found.tolist(), "task": task.facts, "base": source.summary()}
+
+
+def _update(module: Any, objective: Supervised, spec: RunSpec) -> Json:
+    """How many directions the adapters used, and what is left of the loss if each keeps its strongest alone."""
+    if spec.method not in ("lora", "rslora") or spec.task == PROBE:
+        return {}
+    found: Json = {"update": update.adapter_ranks(module)}
+    if spec.rank > 1:
+        with update.truncated(module, 1):
+            found["rank_one_nats"] = objective.evaluate()
+    return found
 
 
 def _cpu_step_peak(objective: Objective, optimizer: torch.optim.Optimizer, spec: RunSpec) -> int:

@@ -52,6 +52,11 @@ def planned(spec: RunSpec, config: Json, predicted: Mapping[str, Estimate], plan
     }
 
 
+def registered(document: Json, digest: str) -> Json:
+    """What a claim measures and decides by; written before the first run that it asks for."""
+    return {"event": "registered", "key": digest, "document": document}
+
+
 def started(key: str, env: Json) -> Json:
     return {"event": "started", "key": key, "env": env}
 

@@ -226,7 +226,8 @@ def train(spec: RunSpec, module: Any, objective: Objective, optimizer: torch.opt
         progress.step += 1
         if step == 0:
             check_moved(spec, module, norm, progress)
-        if progress.step == spec.steps or (spec.eval_every and progress.step % spec.eval_every == 0):
+        regular = spec.eval_every and progress.step % spec.eval_every == 0
+        if regular or progress.step == spec.steps or progress.step in spec.eval_at:
             evaluate(spec, module, objective, hooks, progress)
         hooks.stepped(progress, optimizer)
 

@@ -67,11 +67,16 @@ def device() -> tuple[str, Gpu]:
     return "cpu", known[0] if known else measure.cpu_device(1)
 
 
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare(out: Path, home: Path, model: str | None, data: str | None, base_name: str | None,
             offline: bool = False) -> Scene:  # fmt: skip
     """Base, data and device of a verification; a base of our own is made here if the cache has none."""
     kind, gpu = device()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     workers = slots(kind, torch.cuda.device_count(), cores)
     if model and base_name:
         raise BadInput("--model and --base are two bases", "verify", "Give one of them.")

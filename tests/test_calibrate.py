@@ -126,12 +126,15 @@ def test_a_probe_narrows_what_it_measures() -> None:
 
 
 def test_the_spread_is_that_of_runs_left_out() -> None:
-    """Ten times the noise gives a wider spread; without any the floor of 3 % and the priors' pull are left."""
+    """Ten times the noise gives a wider spread; without any the floor is left: 20 % on a CPU, whose neighbours change,
+    and 5 % on a GPU."""
     quiet, noisy = (
         next(row for row in probe.fit(probes(CPU, noise), CPU) if row.name == "spread") for noise in (0.0, 0.2)
     )
-    assert 1.03 <= quiet.high < 1.06
-    assert noisy.high > 1.15
+    assert 1.2 <= quiet.high < 1.22
+    assert noisy.high > 1.3
+    on_gpu = next(row for row in probe.fit(probes(CUDA, 0.0), CUDA) if row.name == "spread")
+    assert 1.05 <= on_gpu.high < 1.07
 
 
 def test_memory_rows_hold_what_was_planted() -> None:

@@ -550,7 +550,7 @@ def show():
     render.show_verification(card, "base", [arm], [Verdict("time", "holds", "x/\\u00f7 1.3 \\u2265 \\u2588")], "b\\u00e9")
     row = Constant("launch_s", "lora-plan", card.name, 8e-6, 7e-6, 9e-6, "fitted", 8, "a probe")
     errors = [Errors("step_s", 3, 0.5, 0.9, 0, 0.1, 0.2, 3)]
-    render.show_calibration(card, {row.name: row}, [row], errors, "/home/\\u017e/constants.json")
+    render.show_calibration(card, {row.name: row}, [row], {"seen": errors}, "/home/\\u017e/constants.json")
 
 main(["show"])
 """

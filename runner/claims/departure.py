@@ -1,0 +1,97 @@
+"""C10. A low rank follows the others, then leaves them at a step that grows with the rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from calibrate import curves
+from calibrate.stats import mean_interval, one_sided, slope_by_group
+from lora_planner.record import FAILS, HOLDS, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
+from runner.claims.lab import SEEDS, SIZES, Size, of_arm
+from runner.claims.shared import LWR, best_run, count, full, held_out, lora, name, unready
+from runner.claims.shared import specs as sweep
+
+#: nats by which a curve has left another
+LEFT = 0.02
+SENTENCE = ("Each rank follows the curve of the largest until a step that grows with the rank, and goes on learning "
+            "more slowly after it; before that the loss falls linearly in the log of the steps.")  # fmt: skip
+SOURCE = LWR + ", 'LoRA rank'"
+PUBLISHED = "ranks fall off the minimum-loss curve at steps that correlate with the rank; no numbers"
+UNIT = "d ln(step) / d ln(rank)"
+METRIC = ("slope of ln(departure step) over ln(rank), departure from the largest rank's curve by 0.02 nats for good; "
+          "curves are the pointwise minimum over learning rates, as in the paper")  # fmt: skip
+RULE = ("Holds if the slope over seeds is above 0 (one-sided t test, 5 %) and each rank that left still improves by the "
+        "last step; fails if the slope is below 0 or a rank gets no better; undecided where fewer than two ranks left, "
+        "or all left before the first evaluation. Control: rank 1 must leave.")  # fmt: skip
+TRAPS = (1, 5, 10, 13)
+
+
+def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
+    return sweep(size, runs, size.ranks)
+
+
+def enveloped(runs: Sequence[RunRecord], design: RunSpec, seed: int) -> list[tuple[int, float]]:
+    """Pointwise minimum over the rates of this arm and seed, which no single run need follow."""
+    paths = [held_out(run)[1:] for run in of_arm(runs, design) if run.spec.seed == seed and run.final_loss is not None]
+    return curves.envelope(paths)
+
+
+def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
+    s = SIZES[size]
+    designs = [lora(s, rank) for rank in s.ranks]
+    if (missing := unready("C10", runs, designs)) is not None:
+        return missing
+    left: dict[int, list[int | None]] = {}
+    better: list[str] = []
+    for rank in s.ranks[:-1]:
+        left[rank] = []
+        for seed in SEEDS:
+            path = enveloped(runs, lora(s, rank), seed)
+            step = curves.departure(enveloped(runs, designs[-1], seed), path, LEFT)
+            left[rank].append(step)
+            after = [loss for at, loss in path if step is not None and at >= step]
+            if len(after) > 1 and after[-1] >= after[0]:
+                better.append(f"rank {rank}, seed {seed}")
+    always = [rank for rank in left if all(step is not None for step in left[rank])]
+    first = s.eval_at[0]
+    listed = ", ".join(f"rank {rank} at {', '.join(str(step) if step else 'never' for step in steps)}"
+                       for rank, steps in left.items())  # fmt: skip
+    sentence = f"left rank {s.ranks[-1]} by {LEFT} nats: {listed} (by seed)" + line(runs, s)
+    seen = s.ranks[0] in always
+    control = f"rank {s.ranks[0]} leaves in every seed: {'found' if seen else 'not found'}"
+    plot = picture(runs, s)
+    if not seen or len(always) < 2 or all(step == first for rank in always for step in left[rank]):
+        return Verdict("C10", UNDECIDED, sentence, n=count(runs, designs), control=control, plot=plot)
+    x = [math.log(rank) for rank in always]
+    groups = [(x, [math.log(left[rank][i] or 1) for rank in always]) for i in range(len(SEEDS))]
+    effect = replace(slope_by_group(groups), unit=UNIT)
+    slopes = [slope_by_group([group]).value for group in groups]
+    above, below = one_sided(slopes), one_sided(slopes, greater=False)
+    status = FAILS if below < 0.05 or better else HOLDS if above < 0.05 else UNDECIDED
+    if better:
+        sentence += f"; no better after leaving: {', '.join(better)}"
+    return Verdict(
+        "C10", status, sentence, effect, count(runs, designs), p=min(above, below), control=control, plot=plot
+    )
+
+
+def line(runs: Sequence[RunRecord], size: Size) -> str:
+    """How straight the loss of full fine-tuning is over the log of the steps."""
+    if unready("C10", runs, [full(size)]) is not None:
+        return ""
+    fits = []
+    for seed in SEEDS:
+        path = held_out(best_run(runs, full(size), seed))[1:]
+        fits.append(curves.log_linear([step for step, _ in path], [loss for _, loss in path]))
+    slope, r2 = mean_interval([f[1] for f in fits]), mean_interval([f[2] for f in fits])
+    return f"; full fine-tuning falls by {-slope.value:.2f} nats a factor of e in steps, R2 {r2.value:.3f}"
+
+
+def picture(runs: Sequence[RunRecord], size: Size) -> Plot:
+    series = []
+    for design in (*(lora(size, rank) for rank in size.ranks), full(size)):
+        path = enveloped(runs, design, SEEDS[0])
+        series.append(Series(name(design), tuple(float(step) for step, _ in path), tuple(loss for _, loss in path)))
+    return Plot("pointwise minimum over learning rates, seed 0", "step", "held-out nats per token", tuple(series), True)

@@ -1,0 +1,65 @@
+"""C22. What generalises needs few directions, facts need many."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from calibrate.stats import mean_interval, one_sided
+from lora_planner.record import FAILS, HOLDS, NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
+from runner.claims.lab import SEEDS, SIZES, Size, arm, of_arm
+from runner.claims.shared import best_run, count, lora, unready
+from runner.claims.shared import specs as sweep
+
+RANK = 16
+FEW, MANY = 3.0, 8.0
+SENTENCE = "The update of a task that generalises has an effective rank of three or less, that of random facts one of eight or more."
+SOURCE = "Nguyen 2026, 'Capacity of a LoRA Adapter'; effective rank as in Roy and Vetterli 2007"
+PUBLISHED = "1 to 3 on three tasks, about 14 on random facts, adapters of rank 16"
+UNIT = "effective rank"
+METRIC = f"median over matrices of exp(entropy of the singular values of B A), tuned run on the shift, rank {RANK}"
+RULE = ("Holds if it is below 3 (one-sided t test over seeds, 5 %) and that of the facts above 8; fails if it is above 3 or "
+        "the facts' below 8; else undecided. Control: the two must differ.")  # fmt: skip
+TRAPS = (1, 2, 5)
+
+
+def facts(size: Size) -> RunSpec:
+    return arm(size, "lora", RANK, task="facts", task_args=(("n", 600), ("value_tokens", 8)), seq_len=16, micro_batch=100,
+               steps=300, eval_at=(), lr=size.lora_rates[2])  # fmt: skip
+
+
+def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
+    return [*sweep(size, runs, (RANK,)), *(replace(facts(size), seed=seed) for seed in SEEDS)]
+
+
+def median_rank(run: RunRecord) -> float:
+    return statistics.median(row[1] for row in run.measured["update"])
+
+
+def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
+    s = SIZES[size]
+    design, other = lora(s, RANK), facts(s)
+    n = count(runs, [design, other])
+    if (missing := unready("C22", runs, [design])) is not None:
+        return missing
+    memorised = [run for run in of_arm(runs, other) if run.final_loss is not None]
+    if not memorised:
+        return Verdict("C22", NOT_RUN, "the facts were not run", n=n)
+    tuned = [best_run(runs, design, seed) for seed in SEEDS]
+    shift, fact = [median_rank(run) for run in tuned], [median_rank(run) for run in memorised]
+    effect = mean_interval(shift, unit=UNIT)
+    low, high = one_sided(shift, FEW, greater=False), one_sided(fact, MANY)
+    against = min(one_sided(shift, FEW), one_sided(fact, MANY, greater=False))
+    seen = mean_interval(fact).value > 1.2 * effect.value
+    status = HOLDS if max(low, high) < 0.05 else FAILS if against < 0.05 else UNDECIDED
+    lost = mean_interval([run.measured["rank_one_nats"] - (run.final_loss or 0.0) for run in tuned])
+    forgot = mean_interval([run.measured["rank_one_nats"] - (run.final_loss or 0.0) for run in memorised])
+    sentence = (f"shift {effect.value:.1f}, facts {mean_interval(fact).value:.1f} of {RANK}; keeping each adapter's "
+                f"strongest direction alone costs {lost.value:.3f} nats on the shift, {forgot.value:.3f} on the facts")  # fmt: skip
+    rows = {"shift": tuned[0], "facts": memorised[0]}
+    plot = Plot("effective rank by matrix, seed 0", "matrix, sorted", "effective rank", tuple(
+        Series(label, tuple(float(i) for i in range(len(run.measured["update"]))),
+               tuple(sorted(row[1] for row in run.measured["update"])), style="points") for label, run in rows.items()))  # fmt: skip
+    return Verdict("C22", status, sentence, effect, n, p=min(max(low, high), against), plot=plot,
+                   control=f"facts have {mean_interval(fact).value / effect.value:.2f} times the shift's: {'found' if seen else 'not found'}")  # fmt: skip
