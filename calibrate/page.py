@@ -47,6 +47,7 @@ class Entry:
     command        repeats the claim's runs and this verdict
     picture        name of a file beside the page, or ""
     cost_s         processor seconds of its runs
+    asked          runs it begins with; 0: arithmetic
     """
 
     id: str
@@ -65,29 +66,43 @@ class Entry:
     command: str
     picture: str
     cost_s: float
+    asked: int = 0
 
 
 # ---------------------------------------------------------------- the correction
 
 
 def adjusted(entries: Sequence[Entry]) -> dict[int, float]:
-    """Position of an entry -> its Holm-adjusted p. The family is every test on the page, whatever it found."""
+    """Position of an entry -> its Holm-adjusted p. The family is every test on the page, whatever it found.
+
+    A claim whose runs have not decided yet counts as p = 1, so that running it later takes no verdict back.
+    """
     from calibrate.stats import holm
 
-    p_values = {str(i): entry.verdict.p for i, entry in enumerate(entries) if entry.verdict.p is not None}
+    p_values = {}
+    for i, entry in enumerate(entries):
+        open_yet = entry.asked and entry.verdict.status in (UNDECIDED, NOT_RUN)
+        if entry.verdict.p is not None or open_yet:
+            p_values[str(i)] = 1.0 if entry.verdict.p is None else entry.verdict.p
     return {int(i): p for i, (p, _) in holm(p_values, LEVEL).items()} if p_values else {}
 
 
 def corrected(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """The entries, where "holds" became "undecided" if its Holm-adjusted p is above 0.05.
+    """The entries, where "holds" or "fails" became "undecided" if its Holm-adjusted p is above 0.05.
 
-    Nothing else changes: arithmetic has no p and stays, and no verdict gets better. Twice is once.
+    Nothing else changes: what has no p (arithmetic, an order of three) stays, and nothing becomes decided.
+    Twice is once.
     """
     found = adjusted(entries)
     reason = f"not significant after the correction for {len(found)} claims"
     return tuple(
-        replace(e, verdict=replace(e.verdict, status=UNDECIDED, sentence=f"{reason}; before it: {e.verdict.sentence}"))
-        if e.verdict.status == HOLDS and found.get(i, 0.0) > LEVEL
+        replace(
+            e,
+            verdict=replace(
+                e.verdict, status=UNDECIDED, sentence=f"{reason}; before it, {e.verdict.status}: {e.verdict.sentence}"
+            ),
+        )
+        if e.verdict.status in (HOLDS, FAILS) and found.get(i, 0.0) > LEVEL
         else e
         for i, e in enumerate(entries)
     )

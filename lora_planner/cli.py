@@ -247,21 +247,34 @@ RUNS = options(
 
 
 @main.command()
+@click.argument("claims", nargs=-1, metavar="[CLAIM]...")
 @options(RUNS, OFFLINE, JSON)
+@click.option("--list", "listing", is_flag=True, help="The paper's claims: source, cost, last verdict.")
+@click.option("--size", type=click.Choice(["cpu", "gpu"]), help="Of a claim's runs; default: what this machine has.")
 @click.option("--ranks", default="1,4,16", show_default=True, metavar="N[,N]")
 @click.option("--steps", type=click.IntRange(2), default=60, show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--rates", type=click.IntRange(2), default=3, show_default=True,
               help="Learning rates an arm to begin with; more where the best is at the end.")  # fmt: skip
-def verify(as_json: bool, out: str, ranks: str, steps: int, seeds: int, rates: int, **words: Any) -> None:
+def verify(
+    as_json: bool, claims: tuple[str, ...], listing: bool, size: str | None, out: str, ranks: str, steps: int,
+    seeds: int, rates: int, **words: Any,
+) -> None:  # fmt: skip
     """Run LoRA and full fine-tuning here, hold what was predicted against what is measured.
 
-    Stopped or killed, the same command goes on. Exit code 7: a prediction failed; 8: undecided.
+    With CLAIMs (C07, rate-ratio, all) run what the paper's claims need, at their own sizes, and judge them.
+    Stopped or killed, the same command goes on. Exit code 7: something failed; 8: undecided.
 
     \b
     lora-plan verify
     lora-plan verify --model ./qwen3-0.6b --data chats.jsonl --ranks 8,32 --steps 200
+    lora-plan verify rate-ratio --size cpu
     """
+    if listing or claims:
+        given = [f"--{name}" for name in ("model", "data", "base") if words[name]]
+        if given:
+            raise UsageError(f"{', '.join(given)} and claims", "", "A claim has its own bases and data: leave it away.")
+        sys.exit(_verify_claims(claims, listing, size, Path(out), as_json))
     from lora_planner import render
 
     runner = _runner()
@@ -324,14 +337,17 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
 @main.command()
 @click.argument("journals", nargs=-1, metavar="[RUNS.jsonl]...")
 @click.option("--to", metavar="FILE", help="Write the page here instead of to the terminal.")
-def report(journals: tuple[str, ...], to: str | None) -> None:
+@click.option("--claims", is_flag=True, help="Verdicts on the paper's claims instead, with pictures beside --to.")
+@click.option(
+    "--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Of the claims' runs."
+)
+def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -> None:
     """The scoreboard: predicted when planned, measured, ratio; every run counted.
 
     \b
     lora-plan report lora-plan-runs/runs.jsonl --to reports/scoreboard.md
+    lora-plan report reports/runs/cpu.jsonl --claims --to reports/verification.md
     """
-    from calibrate.score import scoreboard, scores
-    from calibrate.verdict import arm_table, arms
     from lora_planner.record import merge, read_events
 
     events = []
@@ -342,10 +358,15 @@ def report(journals: tuple[str, ...], to: str | None) -> None:
         events += found
         for number, why in skipped:
             click.echo(f"lora-plan: skipped line {number} of {Path(name).name}: {why}", err=True)
-    runs = list(merge(events).values())
-    page = "\n".join(
-        [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
-    )
+    if claims:
+        page = _claims_page(events, size, Path(to).parent if to else None)
+    else:
+        from calibrate.score import scoreboard, scores
+        from calibrate.verdict import arm_table, arms
+
+        runs = list(merge(events).values())
+        parts = [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
+        page = "\n".join(parts)
     if to:
         try:
             Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")
@@ -364,6 +385,52 @@ def _runner() -> Any:
             raise
         raise EnvironmentMissing(f"{error.name} is not installed", "runner", "pip install 'lora-plan[train]'") from None
     return runner.verify
+
+
+def _claims_page(events: list[Any], size: str, beside: Path | None) -> str:
+    """The page of verdicts; `beside`: where it will lie, with its pictures in figures/."""
+    _runner()
+    from calibrate.figures import draw
+    from calibrate.page import corrected, verification
+    from runner.claims import study
+
+    entries = corrected(study.entries(events, size, study.chosen(["all"])))
+    if beside:
+        (beside / "figures").mkdir(parents=True, exist_ok=True)
+        for entry in entries:
+            if entry.picture and entry.verdict.plot:
+                draw(entry.verdict.plot, beside / entry.picture)
+    return verification(entries, study.environment(events))
+
+
+def _verify_claims(names: tuple[str, ...], listing: bool, size: str | None, out: Path, as_json: bool) -> int:
+    _runner()
+    from calibrate.page import corrected
+    from calibrate.verdict import exit_code
+    from lora_planner import facts, render
+    from lora_planner.record import read_events
+    from runner.claims import study
+    from runner.claims.lab import Lab
+
+    claims = study.chosen(names or ["all"])
+    if listing:
+        chosen = size or "cpu"
+        entries = study.entries(read_events(out / "runs.jsonl")[0], chosen, claims)
+        code = 0
+    else:
+        place = Lab.here(out, facts.home(), size)
+        chosen = place.size_name
+        study.execute(place, claims)
+        family = study.family(chosen, claims)  # what is judged together, whichever of it was asked for
+        judged = corrected(study.entries(read_events(out / "runs.jsonl")[0], chosen, family))
+        entries = [entry for entry in judged if entry.id in dict(claims)]
+        code = exit_code(entry.verdict for entry in entries)
+    if as_json:
+        document = {"size": chosen, "claims": [study.plain_entry(entry) for entry in entries]}
+        click.echo(render.to_json(render.envelope(render.plain(document), exit_code=code)))
+    else:
+        render.show_claims(entries, detailed=not listing)
+    return code
 
 
 def _scene(runner: Any, out: str, words: dict[str, Any]) -> Any:

@@ -667,3 +667,37 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
         console.print(table)
         console.print()
     console.print(_text(_dim(f"written to {one_line(path)}; later plans for {gpu.name} use it")))
+
+
+def show_claims(entries: Sequence[Any], detailed: bool) -> None:
+    """A line a claim; `detailed`: what came out, and by which rule. `entries`: calibrate.page.Entry."""
+    from rich.table import Table
+
+    console = _console()
+    colours = {"holds": "green", "fails": "red"}
+    if not detailed:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in ("claim", "says", "source", "cost", "last verdict"):
+            table.add_column(heading, overflow="fold")
+        for e in entries:
+            cost = units.duration(e.cost_s) if e.cost_s else "seconds" if not e.asked else f"{e.asked} runs"
+            verdict = (e.verdict.status, colours.get(e.verdict.status, "yellow"))
+            table.add_row(f"{e.id} {e.title}", one_line(e.sentence), one_line(e.source), cost, _text(verdict))
+        console.print(table)
+        return
+    for e in entries:
+        v = e.verdict
+        rows: list[tuple[str, Any]] = [
+            (e.id, _text((v.status, colours.get(v.status, "yellow")), f"  {one_line(e.sentence)}"))
+        ]
+        if v.effect:
+            rows.append(("ours", _text(f"{v.effect.value:.3g} [{v.effect.low:.3g}, {v.effect.high:.3g}] {v.effect.unit}, "
+                                       f"{v.n} runs")))  # fmt: skip
+        rows += [("", _text(one_line(v.sentence))), ("published", _text(_dim(one_line(e.published))))]
+        if v.control:
+            rows.append(("control", _text(one_line(v.control))))
+        rows.append(("rule", _text(_dim(one_line(e.rule)))))
+        if e.registered:
+            rows.append(("prereg", _text(_dim(f"{e.registered}  {e.registration}"))))
+        console.print(_grid(rows))
+        console.print()

@@ -308,6 +308,8 @@ def test_a_lucky_survivor_beyond_a_diverged_rate_is_no_bracket() -> None:
     near = parabola(GRID[:4], GRID[2])
     found, without = best_rate({**near, GRID[4]: None, GRID[5]: 2.1, GRID[6]: 2.2}), best_rate({**near, GRID[4]: None})
     assert found == without
+    above = best_rate({GRID[0]: 2.5, GRID[1]: None, GRID[2]: 2.0, GRID[3]: 2.1, GRID[4]: 2.2})
+    assert above is not None and (above.finite_left, above.at_edge, above.bracketed) == (0, "", False)
 
 
 @pytest.mark.parametrize(("best", "edge", "left", "right"), [(5e-5, "low", 0, 6), (2e-2, "high", 6, 0)])
@@ -327,6 +329,13 @@ def test_without_a_minimum_in_the_fit_the_grid_minimum_stands() -> None:
     assert two is not None and math.isnan(two.curvature) and (two.at_edge, two.loss) == ("high", 1.9)
     bent = best_rate({1: 2.00, 2: 3.0, 4: 1.99, 8: 3.0, 16: 2.0})
     assert bent is not None and bent.curvature < 0 and not bent.bracketed and bent.rate == pytest.approx(4)
+
+
+def test_only_two_neighbours_on_each_side_are_fitted() -> None:
+    """Whatever the third ones do: the parabola through five points of a plain one is that one."""
+    points = {**parabola(GRID, GRID[3]), GRID[0]: 9.0, GRID[6]: 2.6}
+    found = best_rate(points)
+    assert found is not None and found.log_rate == pytest.approx(math.log(GRID[3]), abs=1e-9)
 
 
 def test_a_window_keeps_a_cliff_out_of_the_fit() -> None:
@@ -399,6 +408,9 @@ def test_the_middle_towards_a_diverged_rate_is_asked_for_once() -> None:
     assert middle == [4.23e-4]
     for outcome in (None, 1.9, 2.3):
         assert missing_rates({**tried, middle[0]: outcome}, 1.778) == []
+    coarse: dict[float, float | None] = {1e-5: 2.2, 3.2e-5: 2.1, 1e-4: 2.0, 3.2e-4: None}
+    assert missing_rates(coarse, 3.16) == [1.79e-4]
+    assert missing_rates({**coarse, 1.79e-4: None}, 3.16) == []
     assert missing_rates({1e-4: 2.2, 1.5e-4: 2.1, 2.25e-4: 2.0, 3.3e-4: None}, 1.5) == []
     with pytest.raises(ValueError, match="step"):
         missing_rates(tried, 1.1)
@@ -467,6 +479,10 @@ def test_the_band_of_a_tent() -> None:
     assert found.low == pytest.approx(2**-0.4)
     half = band(tent, 0.5, start=2.0)
     assert half is not None and half.octaves == pytest.approx(4.0)
+    quarter = band(tent, 0.25, start=2.0)
+    assert quarter is not None and (quarter.octaves, quarter.open_low, quarter.open_high) == (6.0, True, True)
+    coarse = band({4.0**k: 1.0 + abs(k) / 2 for k in range(-2, 3)}, start=2.0)
+    assert coarse is not None and coarse.octaves == pytest.approx(0.8)
 
 
 def test_a_band_that_meets_the_end_of_the_grid_is_open_there() -> None:
@@ -508,7 +524,7 @@ def test_an_envelope_is_the_lowest_at_shared_steps() -> None:
     """Steps that one curve lacks, or has no number at, are left out; the envelope may be no single run's."""
     a, b = [(1, 3.0), (2, 2.0), (4, 1.5), (5, 1.0)], [(1, 2.5), (2, 2.2), (3, 0.0), (4, 1.6), (5, math.nan)]
     assert envelope([a, b]) == [(1, 2.5), (2, 2.0), (4, 1.5)]
-    assert envelope([a]) == a
+    assert envelope([[(900, 1.0), (64, 2.0), (7, 3.0)]] * 2) == [(7, 3.0), (64, 2.0), (900, 1.0)]
     assert envelope([]) == []
 
 

@@ -38,25 +38,42 @@ def enveloped(runs: Sequence[RunRecord], design: RunSpec, seed: int) -> list[tup
     return curves.envelope(paths)
 
 
+def crossing(reference: curves.Curve, other: curves.Curve) -> float | None:
+    """Step at which `other` leaves for good, between two evaluations by the straight line of the gap over ln(step).
+
+    The last evaluation would do for an answer, but seeds that agree on it to the step would look free of noise.
+    """
+    step = curves.departure(reference, other, LEFT)
+    if step is None:
+        return None
+    known = dict(reference)
+    gaps = [(at, loss - known[at]) for at, loss in other if at in known and at <= step]
+    if len(gaps) < 2 or gaps[-2][1] >= gaps[-1][1]:
+        return float(step)
+    (before, low), (after, high) = gaps[-2:]
+    share = (LEFT - low) / (high - low)
+    return before * (after / before) ** min(max(share, 0.0), 1.0)
+
+
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s = SIZES[size]
     designs = [lora(s, rank) for rank in s.ranks]
     if (missing := unready("C10", runs, designs)) is not None:
         return missing
-    left: dict[int, list[int | None]] = {}
+    left: dict[int, list[float | None]] = {}
     better: list[str] = []
     for rank in s.ranks[:-1]:
         left[rank] = []
         for seed in SEEDS:
             path = enveloped(runs, lora(s, rank), seed)
-            step = curves.departure(enveloped(runs, designs[-1], seed), path, LEFT)
+            step = crossing(enveloped(runs, designs[-1], seed), path)
             left[rank].append(step)
             after = [loss for at, loss in path if step is not None and at >= step]
             if len(after) > 1 and after[-1] >= after[0]:
                 better.append(f"rank {rank}, seed {seed}")
     always = [rank for rank in left if all(step is not None for step in left[rank])]
     first = s.eval_at[0]
-    listed = ", ".join(f"rank {rank} at {', '.join(str(step) if step else 'never' for step in steps)}"
+    listed = ", ".join(f"rank {rank} at {', '.join(f'{step:.0f}' if step else 'never' for step in steps)}"
                        for rank, steps in left.items())  # fmt: skip
     sentence = f"left rank {s.ranks[-1]} by {LEFT} nats: {listed} (by seed)" + line(runs, s)
     seen = s.ranks[0] in always

@@ -15,11 +15,19 @@ from runner.claims.lab import Lab, Size, base_name
 from runner.claims.traps import TRAPS
 from runner.journal import JOURNAL, Journal
 
+SHOWN = ("device", "torch", "transformers", "peft", "python", "threads", "commit")
+
 
 def chosen(names: Sequence[str]) -> list[tuple[str, ModuleType]]:
     """The claims of these names; "all" is every one."""
     asked = list(BY_ID) if "all" in (name.lower() for name in names) else names
     return [claim(name) for name in dict.fromkeys(asked)]
+
+
+def family(size: str, asked: Sequence[tuple[str, ModuleType]]) -> list[tuple[str, ModuleType]]:
+    """The claims that are corrected for one another: all that need runs, besides those asked for."""
+    wanted = dict(asked)
+    return [(key, m) for key, m in chosen(["all"]) if key in wanted or m.specs(lab.SIZES[size], [])]
 
 
 def register(out: Path, claims: Sequence[tuple[str, ModuleType]], size: str) -> None:
@@ -67,6 +75,7 @@ def entries(events: Sequence[Json], size: str, claims: Sequence[tuple[str, Modul
             id=key, title=title, sentence=module.SENTENCE, source=module.SOURCE, published=module.PUBLISHED,
             metric=module.METRIC, rule=module.RULE, traps=tuple((n, TRAPS[n]) for n in module.TRAPS), size=size,
             verdict=verdict, registered=digest, registration=sentence, runs=tuple(summary(run) for run in mine),
+            asked=len(module.specs(lab.SIZES[size], [])),
             command=f"lora-plan verify {key} --size {size}",
             picture=f"figures/{key.lower()}-{size}.svg" if verdict.plot and verdict.plot.series else "",
             cost_s=sum(run.measured.get("wall_s") or 0.0 for run in mine),
@@ -83,3 +92,25 @@ def summary(run: RunRecord) -> RunSummary:
     first, last = (path[0][1], path[-1][1]) if path else (None, None)
     return RunSummary(run.key, " ".join(word for word in words if word), run.status, first, last,
                       run.measured.get("wall_s") or 0.0)  # fmt: skip
+
+
+def plain_entry(entry: Entry) -> Json:
+    """What `--json` says of a claim: all but the picture's data."""
+    verdict = entry.verdict
+    return {
+        "claim": entry.id, "name": entry.title, "sentence": entry.sentence, "source": entry.source,
+        "published": entry.published, "status": verdict.status, "effect": verdict.effect, "n": verdict.n,
+        "p": verdict.p, "control": verdict.control, "reason": verdict.sentence, "rule": entry.rule,
+        "registered": entry.registered, "registration": entry.registration, "command": entry.command,
+        "cost_s": entry.cost_s,
+    }  # fmt: skip
+
+
+def environment(events: Sequence[Json]) -> dict[str, str]:
+    """What all attempts ran with; several values of one name are all listed."""
+    found: dict[str, set[str]] = {}
+    for event in events:
+        for name in SHOWN:
+            if event["event"] == "started" and name in event.get("env", {}):
+                found.setdefault(name, set()).add(str(event["env"][name]))
+    return {name: ", ".join(sorted(values)) for name, values in found.items()}
