@@ -390,8 +390,9 @@ def _runner() -> Any:
 def _claims_page(events: list[Any], size: str, beside: Path | None) -> str:
     """The page of verdicts; `beside`: where it will lie, with its pictures in figures/."""
     _runner()
+    from calibrate.family import corrected
     from calibrate.figures import draw
-    from calibrate.page import corrected, verification
+    from calibrate.page import verification
     from runner.claims import study
 
     entries = corrected(study.entries(events, size, study.chosen(["all"])))
@@ -405,7 +406,7 @@ def _claims_page(events: list[Any], size: str, beside: Path | None) -> str:
 
 def _verify_claims(names: tuple[str, ...], listing: bool, size: str | None, out: Path, as_json: bool) -> int:
     _runner()
-    from calibrate.page import corrected
+    from calibrate.family import corrected
     from calibrate.verdict import exit_code
     from lora_planner import facts, render
     from lora_planner.record import read_events

@@ -670,7 +670,7 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
 
 
 def show_claims(entries: Sequence[Any], detailed: bool) -> None:
-    """A line a claim; `detailed`: what came out, and by which rule. `entries`: calibrate.page.Entry."""
+    """A line a claim; `detailed`: what came out, and by which rule. `entries`: calibrate.family.Entry."""
     from rich.table import Table
 
     console = _console()

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from calibrate.family import Entry, RunSummary, corrected
 from calibrate.figures import draw
-from calibrate.page import Entry, RunSummary, corrected, verification
+from calibrate.page import verification
 from lora_planner.errors import EnvironmentMissing
 from lora_planner.ledger import Estimate
 from lora_planner.record import (

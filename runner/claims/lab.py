@@ -6,6 +6,7 @@ a `RunSpec` whose `base` is the bare name and whose learning rate and seed are l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_planner import __version__
 from lora_planner.errors import BadInput
 from lora_planner.facts import Gpu
 from lora_planner.predict import predict
-from lora_planner.record import FINAL, RunRecord, RunSpec
+from lora_planner.record import DIVERGED, FINAL, FINISHED, RunRecord, RunSpec
 from runner import base, verify
 from runner.board import Board
 from runner.execute import Place
@@ -125,10 +126,11 @@ def loss_at(run: RunRecord, step: int | None) -> float | None:
 
 
 def points(runs: Sequence[RunRecord], design: RunSpec, seed: int, step: int | None = None) -> dict[float, float | None]:
-    """Learning rate -> held-out nats of an arm; None: diverged before that step. What has not ended is left out."""
+    """Learning rate -> held-out nats of an arm; None: diverged before that step. Runs that ended otherwise (out of
+    memory, invalid) or not yet say nothing about a loss and are left out."""
     found: dict[float, float | None] = {}
     for run in of_arm(runs, design):
-        if run.spec.seed == seed and run.is_final:
+        if run.spec.seed == seed and run.status in (FINISHED, DIVERGED):
             found[run.spec.lr] = loss_at(run, step)
     return dict(sorted(found.items()))
 
@@ -179,8 +181,10 @@ def optimum(runs: Sequence[RunRecord], design: RunSpec, seed: int, step: int | N
 
 
 def start(runs: Sequence[RunRecord], design: RunSpec) -> float:
-    """Held-out nats (or reward) before the first step; the same for every run of a base and task."""
-    return next(float(run.measured["held_out"][0][1]) for run in of_arm(runs, design) if run.measured.get("held_out"))
+    """Held-out nats (or reward) before the first step; the same for every run of a base and task. nan where none
+    got so far."""
+    known = (float(run.measured["held_out"][0][1]) for run in of_arm(runs, design) if run.measured.get("held_out"))
+    return next(known, math.nan)
 
 
 def why_not(runs: Sequence[RunRecord], design: RunSpec, seeds: Sequence[int] = SEEDS, step: int | None = None) -> str:
@@ -192,6 +196,8 @@ def why_not(runs: Sequence[RunRecord], design: RunSpec, seeds: Sequence[int] = S
         best = optimum(runs, design, seed, step)
         if best is None:
             return f"every rate of {name} diverged"
+        if not best.bracketed and min(best.finite_left, best.finite_right) >= curves.BESIDE:
+            return f"{name}, seed {seed}: no parabola has its lowest point among the rates around the best"
         if not best.bracketed:
             return (f"the best rate of {name}, seed {seed}, has {best.finite_left} finite points below and "
                     f"{best.finite_right} above, two are needed")  # fmt: skip

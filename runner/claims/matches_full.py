@@ -72,7 +72,8 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     sentence = (f"full {begin:.3f} to {mean_interval(reference).value:.3f} nats ({gained:+.3f}); behind it {parts}, "
                 f"margin {margin:.3f}; first-epoch log-loss {asked / 1e6:.2f} Mbit at most against "
                 f"{held / 1e6:.2f} Mbit at 2 bits a parameter in {name(high)}")  # fmt: skip
-    control = (f"rank {s.ranks[0]} is {mean_interval(behind(low)).value:.3f} behind: {'found' if seen else 'not found'}; "
+    control = (f"rank {s.ranks[0]} is {mean_interval(behind(low)).value:.3f} behind and full gains "
+               f"{begin - mean_interval(reference).value:.3f}: {'found' if seen else 'not found'}; "
                + "; ".join(described(runs, s, second)))  # fmt: skip
     return Verdict("C06", status, sentence, effect, count(runs, designs), p=min(test.p, worse), control=control,
                    plot=curves_plot(runs, designs))  # fmt: skip

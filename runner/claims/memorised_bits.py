@@ -76,7 +76,7 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     per = {rank: [density(run) for run in row] for rank, row in known.items()}
     effect = mean_interval(per[RANKS[-1]], unit=UNIT)
     half = arms[RANKS[-1]].steps // 2
-    grown = mean_interval([density(run) / density(run, half) - 1 for run in known[RANKS[-1]]])
+    grown = mean_interval([density(run) / max(density(run, half), 1e-9) - 1 for run in known[RANKS[-1]]])
     x = [math.log(rank) for rank in RANKS]
     power = slope_by_group(
         [(x, [math.log(max(per[rank][i] * rank, 1e-9)) for rank in RANKS]) for i in range(len(SEEDS))]

@@ -14,6 +14,7 @@ from runner.claims.shared import specs as sweep
 
 RANK = 16
 MOST = 0.8
+TINY = 1e-30  # a B that stayed zero has no log
 SENTENCE = "At the end of a long run the spectral norm of B is larger than that of A."
 SOURCE = LWR + ", 'Parametrization'"
 PUBLISHED = "so on Tulu 3 and OpenThoughts 3; no share of modules is given"
@@ -31,7 +32,7 @@ def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
 
 def exceeded(run: RunRecord) -> float:
     """ln(|B| / |A|) of the matrix below which a fifth of them lie."""
-    ratios = sorted(math.log(b / a) for _, a, b in run.measured["norms"])
+    ratios = sorted(math.log(max(b, TINY) / a) for _, a, b in run.measured["norms"])
     return ratios[math.floor((1 - MOST) * len(ratios))]
 
 

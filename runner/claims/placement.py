@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from calibrate.stats import equivalence, mean_interval, one_sided
 from lora_planner.record import FAILS, HOLDS, UNDECIDED, RunRecord, RunSpec, Verdict
-from runner.claims.lab import SIZES, Size, arm, grid, of_arm
-from runner.claims.shared import LWR, MARGIN, count, tuned_losses, u_curves, unready
+from runner.claims.lab import SEEDS, SIZES, Size, arm, grid, start
+from runner.claims.shared import LWR, MARGIN, best_run, count, tuned_losses, u_curves, unready
 
 #: ranks with as many parameters to 2 %, on these bases (hidden h, MLP 3 h, half as many key and value heads)
 RANKS = {"cpu": {"attention": 24, "mlp": 14, "all-linear": 9}, "gpu": {"attention": 48, "mlp": 28, "all-linear": 18}}
@@ -44,15 +44,14 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     whole = [a - b for a, b in zip(losses["all-linear"], losses["mlp"], strict=True)]
     effect = mean_interval(worse, unit=UNIT)
     above, below = one_sided(worse, margin), one_sided(worse, margin, greater=False)
-    begin = next(r.measured["held_out"][0][1] for r in of_arm(runs, designs["mlp"]))
-    gained = begin - max(mean_interval(row).value for row in losses.values())
+    gained = start(runs, designs["mlp"]) - max(mean_interval(row).value for row in losses.values())
     seen = gained > 10 * margin
     status = UNDECIDED if not seen else HOLDS if above < 0.05 else FAILS if below < 0.05 else UNDECIDED
     test = equivalence(whole, margin)
     word = (
         "the same" if test.equivalent else "better" if test.high < 0 else "worse" if test.low > 0 else "not told apart"
     )
-    counts = {target: next(r.measured["trainable"] for r in of_arm(runs, d)) for target, d in designs.items()}
+    counts = {target: best_run(runs, d, SEEDS[0]).measured["trainable"] for target, d in designs.items()}
     listed = ", ".join(f"{target} r{RANKS[size][target]} ({counts[target]:,}) {mean_interval(row).value:.3f}"
                        for target, row in losses.items())  # fmt: skip
     sentence = f"{listed} nats; all layers against MLP {test.mean:+.3f}: {word} at a margin of {margin:.3f}"

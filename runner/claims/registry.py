@@ -11,7 +11,13 @@ from lora_planner.record import Json, RunRecord, canonical
 from runner.claims import lab
 
 #: whose text decides a verdict besides the claim's own file: a change there is a change of the analysis
-ANALYSIS = ("runner/claims/lab.py", "runner/claims/shared.py", "calibrate/stats.py", "calibrate/curves.py")
+ANALYSIS = (
+    "runner/claims/lab.py",
+    "runner/claims/shared.py",
+    "calibrate/stats.py",
+    "calibrate/curves.py",
+    "calibrate/family.py",
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,7 +36,7 @@ def document(claim: str, module: ModuleType, size: str) -> Json:
         "seeds": sorted({design.seed for design in designs}),
         "designs": sorted(design.key for design in designs),
         "rates": sorted({design.lr for design in designs}),
-        "analysis": {name: _sha256(ROOT / name) for name in (*ANALYSIS, _own(module))},
+        "analysis": {name: _sha256(ROOT / name) for name in (*ANALYSIS, *_files(module))},
     }
 
 
@@ -39,8 +45,11 @@ def digest(registered: Json) -> str:
     return hashlib.sha256(canonical(registered).encode()).hexdigest()
 
 
-def _own(module: ModuleType) -> str:
-    return f"runner/claims/{module.__name__.rpartition('.')[2]}.py"
+def _files(module: ModuleType) -> list[str]:
+    """The claim's own file and those of the claims that it builds on."""
+    others = [m.__name__ for m in vars(module).values() if isinstance(m, ModuleType)]
+    mine = [name for name in others if name.startswith("runner.claims.")]
+    return sorted(f"{name.replace('.', '/')}.py" for name in {module.__name__, *mine})
 
 
 def _sha256(path: Path) -> str:

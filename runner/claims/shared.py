@@ -43,7 +43,7 @@ def unready(claim: str, runs: Sequence[RunRecord], designs: Sequence[RunSpec], s
 
 
 def count(runs: Sequence[RunRecord], designs: Sequence[RunSpec]) -> int:
-    return sum(len(of_arm(runs, design)) for design in designs)
+    return sum(run.is_final for design in designs for run in of_arm(runs, design))
 
 
 def name(design: RunSpec) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from calibrate.page import Entry, RunSummary
+from calibrate.family import Entry, RunSummary
 from calibrate.verdict import arm_name
 from lora_planner.record import Json, RunRecord, RunSpec, Verdict, merge, read_events
 from runner import journal
@@ -85,7 +85,7 @@ def entries(events: Sequence[Json], size: str, claims: Sequence[tuple[str, Modul
 
 def summary(run: RunRecord) -> RunSummary:
     spec, path = run.spec, run.measured.get("held_out") or []
-    words = [base_name(spec.base), spec.task, arm_name(spec), ",".join(spec.targets) if spec.method != "full" else "",
+    words = [base_name(spec.base), spec.task, spec.objective if spec.objective != "sft" else "", arm_name(spec), ",".join(spec.targets) if spec.method != "full" else "",
              f"alpha {spec.alpha:g}" if spec.alpha not in (0.0, 32.0) else "", f"lr {spec.lr:.3g}",
              f"{spec.steps} x {spec.batch} x {spec.seq_len}", f"seed {spec.seed}",
              *(f"{name} {value}" for name, value in spec.task_args)]  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from calibrate.stats import mean_interval, one_sided
-from lora_planner.record import FAILS, HOLDS, NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
+from lora_planner.record import FAILS, HOLDS, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
 from runner.claims.lab import SEEDS, SIZES, Size, arm, of_arm
 from runner.claims.shared import best_run, count, lora, unready
 from runner.claims.shared import specs as sweep
@@ -20,7 +20,7 @@ PUBLISHED = "1 to 3 on three tasks, about 14 on random facts, adapters of rank 1
 UNIT = "effective rank"
 METRIC = f"median over matrices of exp(entropy of the singular values of B A), tuned run on the shift, rank {RANK}"
 RULE = ("Holds if it is below 3 (one-sided t test over seeds, 5 %) and that of the facts above 8; fails if it is above 3 or "
-        "the facts' below 8; else undecided. Control: the two must differ.")  # fmt: skip
+        "the facts' below 8 (p doubled for two chances); else undecided. Control: the two must differ.")  # fmt: skip
 TRAPS = (1, 2, 5)
 
 
@@ -43,16 +43,18 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     n = count(runs, [design, other])
     if (missing := unready("C22", runs, [design])) is not None:
         return missing
-    memorised = [run for run in of_arm(runs, other) if run.final_loss is not None]
-    if not memorised:
-        return Verdict("C22", NOT_RUN, "the facts were not run", n=n)
+    memorised = sorted(
+        (run for run in of_arm(runs, other) if run.final_loss is not None), key=lambda run: run.spec.seed
+    )
+    if len(memorised) < len(SEEDS):
+        return Verdict("C22", UNDECIDED, "a run of the facts is missing or diverged", n=n)
     tuned = [best_run(runs, design, seed) for seed in SEEDS]
     shift, fact = [median_rank(run) for run in tuned], [median_rank(run) for run in memorised]
     effect = mean_interval(shift, unit=UNIT)
     low, high = one_sided(shift, FEW, greater=False), one_sided(fact, MANY)
-    against = min(one_sided(shift, FEW), one_sided(fact, MANY, greater=False))
+    against = min(1.0, 2 * min(one_sided(shift, FEW), one_sided(fact, MANY, greater=False)))
     seen = mean_interval(fact).value > 1.2 * effect.value
-    status = HOLDS if max(low, high) < 0.05 else FAILS if against < 0.05 else UNDECIDED
+    status = UNDECIDED if not seen else HOLDS if max(low, high) < 0.05 else FAILS if against < 0.05 else UNDECIDED
     lost = mean_interval([run.measured["rank_one_nats"] - (run.final_loss or 0.0) for run in tuned])
     forgot = mean_interval([run.measured["rank_one_nats"] - (run.final_loss or 0.0) for run in memorised])
     sentence = (f"shift {effect.value:.1f}, facts {mean_interval(fact).value:.1f} of {RANK}; keeping each adapter's "

@@ -1,0 +1,899 @@
+"""Claims that runs decide, on planted worlds: the rule ends in the right word, and in none that the runs do not give."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from claims_world import PAPER, STAMP, Law, Planet, parameters, record, world
+
+from calibrate import page
+from lora_planner.errors import BadInput, UnknownName
+from lora_planner.record import (
+    DIVERGED,
+    FAILED,
+    FAILS,
+    FINISHED,
+    HOLDS,
+    INTERRUPTED,
+    NOT_RUN,
+    OOM,
+    QUEUED,
+    UNDECIDED,
+    Json,
+    RunRecord,
+    RunSpec,
+    Verdict,
+    canonical,
+    merge,
+    read_events,
+)
+from runner import journal
+from runner.base import RECIPES
+from runner.claims import BY_ID, claim, lab, placement, registry, shared, study
+from runner.claims.traps import TRAPS
+
+CLAIMS = {key: claim(key)[1] for key in BY_ID if key not in ("C01", "C02", "C03", "C04")}
+CPU = lab.SIZES["cpu"]
+#: claims that need fitted optima
+TUNED = ("C06", "C07", "C08", "C09", "C10", "C13", "C16", "C17", "C20", "C22", "C23", "MOE")
+
+
+@cache
+def played(name: str, law: Law = PAPER, size: str = "cpu") -> tuple[RunRecord, ...]:
+    """All runs that a claim asks for."""
+    return tuple(world(lambda runs: CLAIMS[name].specs(lab.SIZES[size], runs), size, law))
+
+
+@cache
+def begun(name: str, law: Law) -> tuple[RunRecord, ...]:
+    """The runs of the first round alone."""
+    return tuple(record(spec, Planet(law, CPU)) for spec in dict.fromkeys(CLAIMS[name].specs(CPU, [])))
+
+
+@cache
+def judged(name: str, law: Law = PAPER, size: str = "cpu") -> Verdict:
+    found: Verdict = CLAIMS[name].verdict(list(played(name, law, size)), size)
+    return found
+
+
+def left(name: str, runs: Sequence[RunRecord]) -> set[RunSpec]:
+    """What a claim wants besides what there is."""
+    return set(CLAIMS[name].specs(CPU, runs)) - {lab.as_design(run.spec) for run in runs}
+
+
+def but(run: RunRecord, status: str, **measured: Any) -> RunRecord:
+    """The same run with another end."""
+    return RunRecord(run.key, run.spec, run.config, {}, status, measured=measured)
+
+
+# ---------------------------------------------------------------- what a claim is
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_states_itself(name: str) -> None:
+    """All promised names, a rule that says each of its words, known traps, and the same designs when asked twice."""
+    module = CLAIMS[name]
+    for word in ("SENTENCE", "SOURCE", "PUBLISHED", "UNIT", "METRIC", "RULE"):
+        text = getattr(module, word)
+        assert isinstance(text, str), word
+        assert text.strip(), word
+        assert text.isascii(), word
+    for status in (HOLDS, FAILS, UNDECIDED):
+        assert status in module.RULE.lower()
+    assert "control" in module.RULE.lower()
+    assert module.TRAPS
+    assert set(module.TRAPS) <= set(TRAPS)
+    assert module.specs(CPU, []) == module.specs(CPU, []) != []
+
+
+def test_a_claim_is_found_by_id_and_by_name() -> None:
+    """In any case, with either dash; another name is an error that names the nearest."""
+    for key, name in BY_ID.items():
+        for word in (key, key.lower(), name, name.upper().replace("_", "-")):
+            assert claim(word)[0] == key
+    with pytest.raises(UnknownName, match="rate_band"):
+        claim("rate-bend")
+
+
+def test_all_is_every_claim_once() -> None:
+    """Also beside other names; a name given twice counts once; claims without runs are no part of the family."""
+    assert [key for key, _ in study.chosen(["C05", "all"])] == list(BY_ID)
+    assert [key for key, _ in study.chosen(["C05", "C07", "C05"])] == ["C05", "C07"]
+    assert [key for key, _ in study.family("cpu", study.chosen(["C05"]))] == list(CLAIMS)
+    assert [key for key, _ in study.family("cpu", study.chosen(["C01"]))] == ["C01", *CLAIMS]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize("size", lab.SIZES)
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_papers_world_holds(name: str, size: str) -> None:
+    """With its control seen, an effect in its unit, p where it has one, and a picture that can be drawn."""
+    found = judged(name, PAPER, size)
+    assert (found.claim, found.status) == (name, HOLDS), found.sentence
+    assert "not found" not in found.control
+    assert found.control
+    assert (found.sentence + found.control).isascii()
+    assert found.n > 0
+    assert found.p is None if name in ("C18", "C23") else found.p is not None and found.p < 0.05
+    assert found.effect is not None
+    assert found.effect.unit == CLAIMS[name].UNIT
+    assert found.effect.low <= found.effect.value <= found.effect.high
+    assert found.plot is not None
+    assert found.plot.series
+    for series in found.plot.series:
+        assert len(series.x) == len(series.y) > 0
+        heights = [*series.y, *series.low, *series.high]
+        assert all(math.isfinite(v) and (v > 0 or not found.plot.y_log) for v in heights), series.name
+
+
+#: what was planted, as each claim measures it, and how far from it noise and straight lines may lead
+PLANTED = {
+    "C06": (0.0, 0.001),
+    "C07": (PAPER.ratio, 0.5),
+    "C08": (1.0, 0.06),
+    "C09": (PAPER.short_lora / PAPER.short_full, 0.05),
+    "C10": (math.log(PAPER.leaves_second / PAPER.leaves) / math.log(CPU.ranks[-2]), 0.02),
+    "C11": (PAPER.bits, 0.05),
+    "C13": (PAPER.attention, 0.002),
+    "C16": (PAPER.doubling[0], 0.001),
+    "C17": (0.0, 0.001),
+    "C18": (380_928 / 8 / 4 / 256, 0.01),  # supervised rank 1 over B of four key projections
+    "C19": (2 * math.sqrt(0.1 * PAPER.fall * math.log(201)) / math.log(2) * (0.03**-0.5 - 0.12**-0.5), 0.15),
+    "C22": (PAPER.directions, 0.05),
+    "C23": (1.0, 0.0),
+    "MOE": (0.0, 0.001),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_effect_is_what_was_planted(name: str) -> None:
+    """Ratios, slopes, bits and octaves come back."""
+    value, within = PLANTED[name]
+    found = judged(name).effect
+    assert found is not None
+    assert found.value == pytest.approx(value, abs=within)
+    assert found.low <= value + within
+    assert found.high >= value - within
+
+
+def other(**words: Any) -> Law:
+    return replace(PAPER, **words)
+
+
+CONTRARY = {
+    "C05": {"ranks differ at once": other(early=0.03)},
+    "C06": {"behind": other(lora_behind=0.04)},
+    "C07": {"one rate for both": other(ratio=1.0), "thirty times": other(ratio=30.0)},
+    "C08": {"grows with the rank": other(rank_power=0.6), "falls with the rank": other(rank_power=-0.6),
+            "rank 1 higher": other(rank_one=1.6)},
+    "C09": {"smaller in short runs": other(short_full=2.1, short_lora=1.4)},
+    "C10": {"high ranks leave first": other(leaves=0.75, leaves_second=0.2, slower=0.12),
+            "no better after leaving": other(slower=0.2)},
+    "C11": {"a tenth": other(bits=0.2, bits_random=0.1), "twice": other(bits=4.4)},
+    "C13": {"attention is better": other(attention=-0.05, everywhere=-0.05), "no worse": other(attention=0.0)},
+    "C16": {"large batches help": other(doubling=(-0.03, -0.03)), "ranks differ": other(doubling=(0.05, 0.01))},
+    "C17": {"rank 1 is short of it": other(rank_one_rewards=0.1)},
+    "C18": {"as many": other(tiny=0.1, tiny_rewards=0.1)},
+    "C19": {"narrower": other(full_curvature=0.03, lora_curvature=0.12)},
+    "C20": {"A stays larger": other(norm=0.4)},
+    "C22": {"many directions": other(directions=6.0), "facts need few": other(directions_facts=5.0)},
+    "C23": {"the likest is worst": other(attention=-0.05, everywhere=0.05)},
+    "MOE": {"behind": other(experts=0.04)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "what"), [(name, what) for name, laws in CONTRARY.items() for what in laws])
+def test_a_contrary_world_fails(name: str, what: str) -> None:
+    """Though its control is seen, so that the design could have told."""
+    found = judged(name, CONTRARY[name][what])
+    assert found.status == FAILS, found.sentence
+    assert "not found" not in found.control
+    assert found.p is None or found.p < 0.05
+
+
+UNCLEAR = {
+    "C05": {"noise": other(noise=0.02), "no rate tells": other(lora_curvature=0.0)},
+    "C06": {"noise": other(noise=0.02), "rank 1 suffices": other(slower=0.0), "nothing to gain": other(fall=0.01)},
+    "C07": {"noise": other(rate_noise=0.4), "at an end": other(ratio=7.2, rate_noise=0.1),
+            "no rate moves": other(short_full=1.0)},
+    "C08": {"noise": other(rate_noise=0.5), "alpha is nothing": other(alpha_power=0.0)},
+    "C09": {"noise": other(rate_noise=0.3), "no rate moves": other(short_full=1.0, short_lora=1.0)},
+    "C10": {"noise": other(noise=0.1), "none leaves": other(slower=0.0)},
+    "C11": {"noise": other(bits_noise=0.4), "an end": other(bits=1.72, bits_noise=0.1),
+            "still learning": other(grown=0.3), "random weights hold as much": other(bits_random=2.3)},
+    "C13": {"noise": other(noise=0.05), "nothing to gain": other(fall=0.02)},
+    "C16": {"noise": other(noise=0.03), "no slope": other(doubling=(0.0, 0.0), noise=0.002),
+            "no batch is large": other(by_windows=True)},
+    "C17": {"noise": other(noise=0.1), "nothing to gain": other(gain=0.1), "never right": other(reward=0.01),
+            "always right": other(reward=0.7, gain=0.25)},
+    "C18": {"the smallest suffices": other(tiny=0.7), "no adapter suffices in RL": other(tiny_rewards=0.1, gain=0.0)},
+    "C19": {"noise": other(curvature_noise=1.5)},
+    "C20": {"noise": other(norm_noise=1.0), "rate is nothing": other(norm_power=-0.1)},
+    "C22": {"noise": other(directions_noise=0.5), "facts are as simple": other(directions_facts=2.0),
+            "all use many": other(directions=13.0)},
+    "C23": {"seeds disagree": other(everywhere=0.0, noise=0.003), "all alike": other(unlike=(0.3, 0.3, 0.3))},
+    "MOE": {"noise": other(noise=0.02), "experts are nothing": other(no_experts=0.0)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "what"), [(name, what) for name, laws in UNCLEAR.items() for what in laws])
+def test_noise_or_a_missing_control_decides_nothing(name: str, what: str) -> None:
+    """Undecided, though the grids are complete."""
+    found = judged(name, UNCLEAR[name][what])
+    assert found.status == UNDECIDED, found.sentence
+    assert not left(name, played(name, UNCLEAR[name][what]))
+
+
+@pytest.mark.parametrize("size", lab.SIZES)
+@pytest.mark.parametrize("name", CLAIMS)
+def test_without_runs_it_is_not_run(name: str, size: str) -> None:
+    """No records, or records of another task and base only."""
+    stranger = record(lab.arm(CPU, base="llama-1m", lr=1e-3), Planet(PAPER, CPU))
+    for runs in ([], [stranger]):
+        found = CLAIMS[name].verdict(runs, size)
+        assert (found.claim, found.status, found.n, found.effect, found.p) == (name, NOT_RUN, 0, None, None)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_no_end_of_a_run_is_a_crash(name: str) -> None:
+    """Runs that were only planned, ran out of memory, failed or all diverged: undecided, whichever comes first."""
+    runs = played(name)
+    for status in (QUEUED, INTERRUPTED, FAILED, OOM, DIVERGED):
+        assert CLAIMS[name].verdict([but(run, status) for run in runs], "cpu").status == UNDECIDED, status
+        half = [but(run, status) if run.spec.seed == 1 else run for run in runs]
+        assert CLAIMS[name].verdict(half, "cpu").status == UNDECIDED, status
+        first = [but(runs[0], status), *runs[1:]]
+        assert CLAIMS[name].verdict(first, "cpu").status in (HOLDS, UNDECIDED), status
+        CLAIMS[name].specs(CPU, half)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_order_of_records_is_nothing(name: str) -> None:
+    """The same verdict to the last digit of its picture."""
+    runs = list(played(name))
+    for order in (runs[::-1], random.Random(0).sample(runs, len(runs))):
+        found = CLAIMS[name].verdict(order, "cpu")
+        for field in ("status", "sentence", "effect", "n", "p", "control", "plot"):
+            assert getattr(found, field) == getattr(judged(name), field), field
+        assert set(CLAIMS[name].specs(CPU, order)) == {lab.as_design(run.spec) for run in runs}
+
+
+# ---------------------------------------------------------------- grids: never a verdict at an end
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_an_optimum_at_the_end_of_its_grid_extends_it(name: str) -> None:
+    """Until then nothing is decided; afterwards two finite rates lie on each side in every seed."""
+    law = other(ratio=80.0, ratio_rewards=80.0)
+    first = begun(name, law)
+    assert CLAIMS[name].verdict(list(first), "cpu").status == UNDECIDED
+    new = left(name, first)
+    known: dict[RunSpec, list[float]] = defaultdict(list)
+    for run in first:
+        known[replace(lab.as_design(run.spec), lr=0.0, seed=0)].append(run.spec.lr)
+    above = [spec for spec in new if spec.lr > max(known[replace(spec, lr=0.0, seed=0)])]
+    assert {spec.seed for spec in above} >= set(lab.SEEDS)
+    assert any(spec.method != "full" for spec in above)
+    whole = played(name, law)
+    assert not left(name, whole)
+    assert judged(name, law).effect is not None
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_diverged_neighbour_decides_nothing(name: str) -> None:
+    """The rate between is tried once; where it leaves but one finite rate above the best, the verdict is undecided."""
+    law = other(ceiling=1.5)
+    first, whole = begun(name, law), played(name, law)
+    assert any(run.status == DIVERGED for run in first)
+    assert CLAIMS[name].verdict(list(first), "cpu").status == UNDECIDED
+    assert left(name, first)
+    found = judged(name, law)
+    assert found.status == UNDECIDED
+    assert not left(name, whole)
+
+
+@pytest.mark.parametrize("name", ["C05", "C11", "C18", "C19"])
+def test_a_claim_without_optima_waits_for_its_runs(name: str) -> None:
+    """One run that is missing, of each arm in turn, is at most a verdict less; an open band is none."""
+    runs = played(name)
+    if name == "C19":
+        cut = [run for run in runs if run.spec.method == "full" or run.spec.lr < 1.5e-2]
+        assert CLAIMS[name].verdict(cut, "cpu").status == UNDECIDED
+        assert left(name, cut)
+        return
+    arms = {replace(run.spec, lr=0.0, seed=0) for run in runs}
+    missing = [next(r for r in runs if replace(r.spec, lr=0.0, seed=0) == arm) for arm in arms]
+    found = {CLAIMS[name].verdict([r for r in runs if r is not gone], "cpu").status for gone in missing}
+    assert found <= {HOLDS, UNDECIDED}
+    assert UNDECIDED in found or name == "C18"
+
+
+def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
+    """Two below the lowest, in every seed; and no verdict."""
+    law = other(ratio=0.01)  # LoRA's whole grid lies beyond the ceiling
+    first = begun("C09", law)
+    new = {(spec.seed, spec.lr) for spec in left("C09", first) if spec.method == "lora"}
+    assert new == {(seed, rate) for seed in lab.SEEDS for rate in (CPU.lora_rates[0] / 2, CPU.lora_rates[0] / 4)}
+    found = CLAIMS["C09"].verdict(list(first), "cpu")
+    assert (found.status, found.sentence) == (UNDECIDED, "every rate of lora r16 diverged")
+
+
+# ---------------------------------------------------------------- single claims
+
+
+def test_failing_carries_the_p_of_what_failed() -> None:
+    """Of two ways to fail, the test of the other one is not the verdict's p."""
+    for name, what in (("C08", "rank 1 higher"), ("C16", "ranks differ")):
+        found = judged(name, CONTRARY[name][what])
+        # as sure of the other side: the ratio is below 2, the slope above 0
+        surer = judged(name).p
+        assert surer is not None
+        assert found.p is not None
+        assert found.p != pytest.approx(surer, rel=0.5)
+    assert judged("C10", CONTRARY["C10"]["no better after leaving"]).p is None
+
+
+def test_a_loss_that_rises_is_no_gain() -> None:
+    """Adapters that only ever make rewards worse reach no share of the gain, however far they fall."""
+    law = other(tiny_rewards=-3.0)
+    found = judged("C18", law)
+    assert found.status == FAILS  # the smallest that suffices in RL is rank 1, as in supervised learning
+    assert "ratio 1" in found.sentence
+
+
+def test_bits_below_zero_at_half_time_are_no_plateau() -> None:
+    """What was worse than guessing and then learned is still learning."""
+    runs = [
+        but(run, FINISHED, **(run.measured | {"held_out": [*run.measured["held_out"][:1], [450, 9.0], run.measured["held_out"][-1]]}))
+        for run in played("C11", other(bits=0.5, bits_random=0.1))
+    ]  # fmt: skip
+    assert CLAIMS["C11"].verdict(runs, "cpu").status == UNDECIDED
+
+
+def test_the_kernel_of_one_placement_is_missed() -> None:
+    """By name and seed."""
+    runs = [r for r in played("C23") if not (r.spec.objective == "kernel" and r.spec.targets == ("mlp",))]
+    found = CLAIMS["C23"].verdict(runs, "cpu")
+    assert (found.status, found.sentence) == (UNDECIDED, "the kernel of mlp, seed 0, is missing")
+
+
+def test_facts_that_were_not_run_are_not_judged() -> None:
+    """The shift alone does not tell of facts."""
+    runs = [run for run in played("C22") if run.spec.task != "facts"]
+    assert CLAIMS["C22"].verdict(runs, "cpu").status == NOT_RUN
+
+
+# ---------------------------------------------------------------- designs
+
+DESIGNS = [(name, size) for name in CLAIMS for size in lab.SIZES]
+
+
+def arms(name: str, size: str) -> dict[RunSpec, list[RunSpec]]:
+    found: dict[RunSpec, list[RunSpec]] = defaultdict(list)
+    for spec in CLAIMS[name].specs(lab.SIZES[size], []):
+        found[replace(spec, lr=0.0, seed=0)].append(spec)
+    return found
+
+
+@pytest.mark.parametrize(("name", "size"), DESIGNS)
+def test_ranks_are_low_and_eps_is_small(name: str, size: str) -> None:
+    """At most a quarter of the width of the very base; no decay of rates, no second optimizer setting."""
+    for design in CLAIMS[name].specs(lab.SIZES[size], []):
+        assert design.rank <= RECIPES[design.base].hidden / 4
+        assert design.adam_eps <= 1e-8
+        assert (design.rank == 0) == (design.method == "full")
+        assert design.schedule == "constant"
+        assert (design.device, design.repeat, design.accumulation) == ("cpu", 0, 1)
+        assert all(0 < step < design.steps for step in design.eval_at)
+        assert design.precision == lab.SIZES[size].precision
+
+
+@pytest.mark.parametrize(("name", "size"), DESIGNS)
+def test_seeds_are_paired(name: str, size: str) -> None:
+    """The same three or more at every rate of every arm of one kind; five where rewards are compared by a test."""
+    for arm, specs in arms(name, size).items():
+        by_rate: dict[float, set[int]] = defaultdict(set)
+        for spec in specs:
+            by_rate[spec.lr].add(spec.seed)
+        least = 5 if arm.objective == "rl" and name == "C17" else 3
+        assert all(seeds == by_rate[specs[0].lr] and len(seeds) >= least for seeds in by_rate.values())
+    assert len({frozenset(s.seed for s in specs) for arm, specs in arms(name, size).items() if name != "C18"}) <= 1
+
+
+@pytest.mark.parametrize(("name", "size"), [d for d in DESIGNS if d[0] in TUNED or d[0] == "C19"])
+def test_methods_have_grids_of_their_own(name: str, size: str) -> None:
+    """Five rates or more, neighbours a factor of 2 apart; no rate of full fine-tuning is imposed on LoRA."""
+    grids = {arm: sorted({s.lr for s in specs}) for arm, specs in arms(name, size).items() if len(specs) > 9}
+    assert grids
+    for rates in grids.values():
+        assert len(rates) >= 5
+        assert all(b / a < 2.1 for a, b in zip(rates, rates[1:], strict=False))
+    for full, one in grids.items():
+        for lora, another in grids.items():
+            alike = replace(lora, method="full", rank=0, alpha=0.0, targets=full.targets, experts=full.experts) == full
+            if full.method == "full" and lora.method != "full" and alike:
+                assert another[len(another) // 2] > one[len(one) // 2]
+                assert one != another
+
+
+@pytest.mark.parametrize("size", lab.SIZES)
+def test_widths_differ_by_factors_and_know_the_same(size: str) -> None:
+    """The three bases of C07 differ in width alone, and are compared at a step that all have."""
+    s = lab.SIZES[size]
+    recipes = [RECIPES[base] for base in (s.narrow, s.base, s.wide)]
+    assert len({(r.model_type, r.layers, r.intermediate / r.hidden, r.hidden / r.heads, r.steps, r.lr, r.vocab)
+                for r in recipes if size == "gpu"}) <= 1  # fmt: skip
+    assert len({(r.model_type, r.layers, r.intermediate / r.hidden, r.steps, r.lr, r.vocab) for r in recipes}) == 1
+    assert [r.hidden for r in recipes] == sorted({r.hidden for r in recipes})
+    assert {s.compared_at, s.short} <= set(s.eval_at)
+    assert list(s.eval_at) == sorted(s.eval_at)
+
+
+@pytest.mark.parametrize("size", lab.SIZES)
+def test_placements_have_equally_many_parameters(size: str) -> None:
+    """Within 2 %, by the planner's count on the base itself."""
+    counted = [parameters(design) for design in placement.arms(size).values()]
+    assert max(counted) / min(counted) < 1.02
+
+
+@pytest.mark.parametrize("size", lab.SIZES)
+def test_batches_see_the_same_windows(size: str) -> None:
+    """To 2 %, with fewer steps, and all have the early step at which they are compared too."""
+    s = lab.SIZES[size]
+    shapes = {(d.steps, d.micro_batch, d.eval_at) for d in CLAIMS["C16"].specs(s, [])}
+    assert len(shapes) == 3
+    for steps, batch, eval_at in shapes:
+        assert steps * batch == pytest.approx(s.steps * s.micro_batch, rel=0.02)
+        assert s.short in eval_at
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_a_verdict_reads_was_asked_for(name: str) -> None:
+    """Runs of other claims change neither the word nor what is there to be read."""
+    others = {run.key: run for run in played("C07") + played("C17") + played("C11")}
+    mine = {run.key: run for run in played(name)}
+    pooled = list((others | mine).values())
+    found = CLAIMS[name].verdict(pooled, "cpu")
+    assert found.status == HOLDS
+    assert {run.key for run in study.used(CLAIMS[name], CPU, pooled)} >= set(mine)
+
+
+# ---------------------------------------------------------------- lab
+
+ARM = lab.arm(CPU, "lora", 16)
+PLACE = Planet(PAPER, CPU)
+
+
+def run(rate: float, seed: int = 0, **words: Any) -> RunRecord:
+    return record(replace(ARM, lr=rate, seed=seed, **words), PLACE)
+
+
+def with_losses(rate: float, losses: dict[int, float], status: str = FINISHED, seed: int = 0) -> RunRecord:
+    return but(run(rate, seed), status, held_out=[[step, loss] for step, loss in losses.items()])
+
+
+def test_two_bases_of_one_name_are_refused() -> None:
+    """Each alone is read; together they are two studies. A base of another name is another arm."""
+    ours = run(1e-3)
+    theirs = RunRecord("k", replace(ours.spec, base="qwen3-1m-ffffffffffff"), {}, {}, FINISHED)
+    wide = record(replace(ARM, lr=1e-3, base=CPU.wide), PLACE)
+    assert lab.of_arm([ours, wide], ARM) == [ours]
+    assert lab.of_arm([theirs, wide], ARM) == [theirs]
+    with pytest.raises(BadInput, match="2 bases called qwen3-1m"):
+        lab.of_arm([ours, theirs], ARM)
+
+
+def test_an_arm_is_all_but_rate_seed_and_device() -> None:
+    """Reruns of a seed, another batch, task, alpha or start are other arms."""
+    assert lab.is_of(run(1e-3), ARM)
+    assert lab.is_of(run(2e-3, seed=4), ARM)
+    on_gpu = run(1e-3)
+    on_gpu.spec = replace(on_gpu.spec, device="cuda")
+    assert lab.is_of(on_gpu, ARM)
+    assert lab.as_design(on_gpu.spec) == replace(ARM, lr=1e-3)
+    changes: list[dict[str, Any]] = [
+        {"repeat": 1}, {"micro_batch": 2, "accumulation": 2}, {"rank": 4}, {"alpha": 2.0}, {"init": "random"},
+        {"task_args": (("shuffled", True),)}, {"targets": ("all-linear",)}, {"eval_at": (5,)},
+    ]  # fmt: skip
+    for words in changes:
+        assert not lab.is_of(run(1e-3, **words), ARM), words
+        assert lab.is_of(run(1e-3, **words), replace(ARM, **words)), words
+
+
+def test_points_know_how_far_a_run_came() -> None:
+    """A loss where there is one, none where it diverged before; what has not ended is left out."""
+    runs = [
+        with_losses(4e-3, {0: 3.5, 30: 3.0, 200: 2.5}),
+        with_losses(8e-3, {0: 3.5, 30: 3.1}, DIVERGED),
+        with_losses(1.6e-2, {0: 3.5}, DIVERGED),
+        with_losses(1e-3, {}, QUEUED),
+        with_losses(2e-3, {0: 3.5, 30: 3.2}, INTERRUPTED),
+    ]
+    assert lab.points(runs, ARM, 0) == {4e-3: 2.5, 8e-3: None, 1.6e-2: None}
+    assert lab.points(runs, ARM, 0, 30) == {4e-3: 3.0, 8e-3: 3.1, 1.6e-2: None}
+    assert list(lab.points(runs[::-1], ARM, 0)) == [4e-3, 8e-3, 1.6e-2]
+    assert lab.points(runs, ARM, 1) == {}
+
+
+def test_means_over_seeds_lose_no_divergence() -> None:
+    """A rate at which one seed diverged has no mean; one that a seed lacks is left out."""
+    runs = [
+        with_losses(1e-3, {0: 3.5, 200: 2.0}), with_losses(1e-3, {0: 3.5, 200: 4.0}, seed=1),
+        with_losses(2e-3, {0: 3.5, 200: 2.0}), with_losses(2e-3, {0: 3.5}, DIVERGED, seed=1),
+        with_losses(4e-3, {0: 3.5, 200: 2.0}),
+    ]  # fmt: skip
+    assert lab.mean_points(runs, ARM, (0, 1)) == {1e-3: 3.0, 2e-3: None}
+    assert lab.mean_points(runs, ARM, ()) == {}
+
+
+def test_the_optimum_is_the_planted_one() -> None:
+    """In each seed, at its own best rate and loss; none of an arm that is not bracketed in one of them."""
+    law = other(rate_noise=0.1)
+    runs = [record(replace(ARM, lr=rate, seed=seed), Planet(law, CPU))
+            for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2) for seed in lab.SEEDS]  # fmt: skip
+    found = lab.tuned(runs, ARM)
+    assert found is not None
+    for seed, best in zip(lab.SEEDS, found, strict=True):
+        assert best.log_rate == pytest.approx(Planet(law, CPU).log_best(replace(ARM, seed=seed), CPU.steps))
+    assert lab.why_not(runs, ARM) == ""
+    cut = [r for r in runs if r.spec.seed != 1 or r.spec.lr < 2e-2]
+    assert lab.tuned(cut, ARM) is None
+    assert lab.why_not(cut, ARM).startswith("the best rate of lora r16, seed 1, has")
+    assert lab.why_not([], ARM) == "lora r16 on qwen3-1m has no run of seed 0"
+
+
+def test_far_points_do_not_bend_the_parabola() -> None:
+    """Where a loss has stayed at its start the curve is no parabola: such points are left out."""
+    losses = {1e-3: 3.5, 2e-3: 3.1, 4e-3: 2.9, 8e-3: 2.8, 1.6e-2: 2.9, 3.2e-2: 3.1, 6.4e-2: 3.45}
+    runs = [with_losses(rate, {0: 3.5, 200: loss}) for rate, loss in losses.items()]
+    best = lab.optimum(runs, ARM, 0)
+    assert best is not None
+    assert best.rate == pytest.approx(8e-3)
+    assert best.loss == pytest.approx(2.8)
+    assert best.curvature == pytest.approx(2 * 0.1 / math.log(2) ** 2)
+
+
+def test_the_start_is_nothing_where_none_began() -> None:
+    """It is that of the first run that has one."""
+    assert lab.start([with_losses(1e-3, {}, QUEUED), run(2e-3)], ARM) == PAPER.start
+    assert math.isnan(lab.start([with_losses(1e-3, {}, QUEUED)], ARM))
+
+
+def test_a_grid_waits_then_grows_in_every_seed() -> None:
+    """Beyond the end at which the best of any seed lies; nothing is asked twice, and nothing before all have ended."""
+    rates = CPU.lora_rates
+    assert {(s.lr, s.seed) for s in lab.grid([], ARM, rates)} == {(r, s) for r in rates for s in lab.SEEDS}
+    runs = [run(rate, seed) for rate in rates for seed in lab.SEEDS]
+    grown = {s.lr for s in lab.grid(runs, ARM, rates)}
+    assert grown == {*rates, 2 * rates[-1]}
+    assert {s.lr for s in lab.grid(runs[:-1], ARM, rates)} == set(rates)
+    earlier = {s.lr for s in lab.grid(runs, ARM, rates, steps=(CPU.short,))}  # the best rate is twice as high there
+    assert earlier == {*rates, 2 * rates[-1], 4 * rates[-1]}
+    specs = lab.grid(runs, ARM, rates)
+    assert len(specs) == len(set(specs)) == len(lab.SEEDS) * len(grown)
+
+
+def test_rewards_extend_a_grid_upside_down() -> None:
+    """The best reward is the highest."""
+    low = [with_losses(rate, {0: 0.1, 200: value}) for rate, value in ((1e-3, 0.9), (2e-3, 0.5), (4e-3, 0.2))]
+    rates = (1e-3, 2e-3, 4e-3)
+    asked = {s.lr for s in lab.grid(low, ARM, rates, (0,), rewards=True)} - set(rates)
+    assert asked == {5e-4, 2.5e-4}
+    assert {s.lr for s in lab.grid(low, ARM, rates, (0,))} - set(rates) == {8e-3, 1.6e-2}
+
+
+class Machine:
+    """A laboratory that answers at once, from a planted world; it writes the journal that a sweep would."""
+
+    def __init__(self, out: Path, law: Law = PAPER, fails: Callable[[RunSpec], bool] = lambda spec: False) -> None:
+        self.out, self.size_name, self.size, self.planet = out, "cpu", CPU, Planet(law, CPU)
+        self.fails, self.swept = fails, []  # type: ignore[var-annotated]
+
+    def spec(self, design: RunSpec) -> RunSpec:
+        return replace(design, base=design.base + STAMP)
+
+    def run(self, designs: Sequence[RunSpec]) -> None:
+        self.swept.append(list(designs))
+        with journal.Journal.open(self.out) as log:
+            for event in events_of([record(design, self.planet) for design in designs if not self.fails(design)]):
+                log.append(event)
+
+    def read(self) -> list[RunRecord]:
+        return list(merge(read_events(self.out / journal.JOURNAL)[0]).values())
+
+
+def events_of(runs: Sequence[RunRecord]) -> list[Json]:
+    """What a journal says of these runs, one after the other."""
+    found: list[Json] = []
+    for one in runs:
+        found.append(journal.planned(one.spec, one.config, {}, "test"))
+        found.append(journal.started(one.key, {"device": "a machine", "torch": "2", "host": "not shown"}))
+        found.append(journal.ended(one.key, one.status, one.measured))
+    return found
+
+
+def test_completing_runs_what_is_missing_and_no_more(tmp_path: Path) -> None:
+    """Round by round until nothing is wanted; what has ended, also badly, is not run again."""
+    machine = Machine(tmp_path)
+    lab.complete(machine, machine.read, lambda runs: CLAIMS["C09"].specs(CPU, runs))  # type: ignore[arg-type]
+    every = [spec for round_ in machine.swept for spec in round_]
+    assert len(every) == len(set(every)) == len(played("C09"))
+    assert len(machine.swept) > 1
+    lab.complete(machine, machine.read, lambda runs: CLAIMS["C09"].specs(CPU, runs))  # type: ignore[arg-type]
+    assert [spec for round_ in machine.swept for spec in round_] == every
+    assert {lab.as_design(run.spec) for run in machine.read()} == set(every)
+
+
+def test_completing_gives_up(tmp_path: Path) -> None:
+    """After some rounds, on runs that never end as on a claim that always wants more."""
+    machine = Machine(tmp_path, fails=lambda spec: True)
+    lab.complete(machine, machine.read, lambda runs: [replace(ARM, lr=1e-3)])  # type: ignore[arg-type]
+    assert len(machine.swept) == lab.ROUNDS
+    greedy = Machine(tmp_path)
+    lab.complete(greedy, greedy.read, lambda runs: [replace(ARM, lr=1e-3 * (1 + len(runs)))])  # type: ignore[arg-type]
+    assert len(greedy.swept) == lab.ROUNDS
+
+
+def test_an_unknown_size_is_refused(tmp_path: Path) -> None:
+    """With the names of those there are."""
+    with pytest.raises(BadInput, match="medium"):
+        lab.Lab.here(tmp_path, tmp_path, "medium")
+
+
+# ---------------------------------------------------------------- registration
+
+
+def test_every_claim_registers_something_of_its_own() -> None:
+    """JSON that survives a journal, with its designs, seeds and rates; no two alike, nor the two sizes of one."""
+    found = {}
+    for name, module in CLAIMS.items():
+        for size in lab.SIZES:
+            document = registry.document(name, module, size)
+            assert json.loads(canonical(document)) == document
+            assert (document["rule"], document["metric"]) == (module.RULE, module.METRIC)
+            assert document["hypothesis"] == module.SENTENCE
+            assert set(document["seeds"]) >= {0, 1, 2}
+            assert len(document["designs"]) == len(set(module.specs(lab.SIZES[size], [])))
+            found[registry.digest(document)] = name, size
+    assert len(found) == 2 * len(CLAIMS)
+
+
+def test_the_rule_and_the_designs_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the hypothesis, the metric, one seed or one rate more."""
+    module = CLAIMS["C13"]
+    before = registry.digest(registry.document("C13", module, "cpu"))
+    designs = module.specs
+    extra = replace(ARM, lr=0.5, seed=7)
+    for name, value in (
+        ("RULE", module.RULE.replace("0.5 %", "5 %")), ("METRIC", module.METRIC + "."), ("SENTENCE", "Another."),
+        ("specs", lambda size, runs: [*designs(size, runs), extra]),
+        ("specs", lambda size, runs: designs(size, runs)[1:]),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert registry.digest(registry.document("C13", module, "cpu")) != before, name
+    assert registry.digest(registry.document("C13", module, "cpu")) == before
+
+
+def copied(root: Path) -> Path:
+    """The files that a registration hashes, elsewhere."""
+    for folder in ("runner", "calibrate", "lora_planner"):
+        shutil.copytree(registry.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    return root
+
+
+def test_the_text_of_the_analysis_is_part_of_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A margin in the module's own file, or one sign in a file that it decides by; not the file of another claim."""
+    module = CLAIMS["C13"]
+    before = registry.digest(registry.document("C13", module, "cpu"))
+    monkeypatch.setattr(registry, "ROOT", copied(tmp_path))
+    assert registry.digest(registry.document("C13", module, "cpu")) == before
+    for name in (*registry.ANALYSIS, "runner/claims/placement.py"):
+        file = tmp_path / name
+        text = file.read_text()
+        file.write_text(text.replace("0.05", "0.1") if name.endswith("placement.py") else text + "\n")
+        assert file.read_text() != text
+        assert registry.digest(registry.document("C13", module, "cpu")) != before, name
+        file.write_text(text)
+    other = tmp_path / "runner/claims/early_curves.py"
+    other.write_text(other.read_text() + "\n")
+    assert registry.digest(registry.document("C13", module, "cpu")) == before
+
+
+def registration(name: str) -> Json:
+    document = registry.document(name, CLAIMS[name], "cpu")
+    return journal.registered(document, registry.digest(document))
+
+
+def test_what_is_registered_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all, before the runs, after some of them, or for another analysis: four sentences."""
+    module, runs = CLAIMS["C05"], list(played("C05"))
+    done, mine = events_of(runs), registration("C05")
+
+    def standing(events: list[Json]) -> tuple[str, str]:
+        return registry.standing(events, "C05", module, "cpu", runs)
+
+    digest = mine["key"][:12]
+    assert standing(done) == ("", "not registered")
+    assert standing([*done, registration("C07")]) == ("", "not registered")
+    assert standing([mine, *done]) == (digest, "registered before the first of its runs started")
+    assert standing([*done[:6], mine, *done[6:]]) == (
+        digest, f"registered after 2 of its {len(runs)} runs had started: exploratory in so far")  # fmt: skip
+    # planned, but not started, is before; and so is a run of another claim
+    strangers = events_of(list(played("C11")))
+    assert standing([*strangers, done[0], mine, *done[1:]])[1] == "registered before the first of its runs started"
+    # registered twice alike counts from the first; another analysis between does not matter
+    altered = json.loads(json.dumps(mine))
+    altered["document"]["rule"] = "Holds."
+    assert standing([mine, altered, *done, mine])[1] == "registered before the first of its runs started"
+    assert standing([altered, *done, mine])[1].startswith(f"registered after {len(runs)} of its {len(runs)} runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "RULE", "Holds if I like it.")
+        found = standing([mine, *done])
+        assert found == (digest[:0] + registry.digest(mine["document"])[:12],
+                         "registered with another analysis than the one that decides here: exploratory")  # fmt: skip
+
+
+def test_sizes_are_registered_apart() -> None:
+    """The registration of one says nothing of the other."""
+    events = [registration("C05")]
+    assert len(registry.history(events, "C05", "cpu")) == 1
+    assert registry.history(events, "C05", "gpu") == []
+    assert registry.history(events, "C06", "cpu") == []
+
+
+def test_each_document_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is asked for; a changed rule is a second one beside the first."""
+    claims = list(CLAIMS.items())
+    for _ in range(2):
+        study.register(tmp_path, claims, "cpu")
+    events, skipped = read_events(tmp_path / journal.JOURNAL)
+    assert (len(events), skipped) == (len(claims), [])
+    for event, (name, _) in zip(events, claims, strict=True):
+        assert event["key"] == registry.digest(event["document"])
+        assert event["document"]["claim"] == name
+    monkeypatch.setattr(CLAIMS["C09"], "RULE", "Holds.")
+    study.register(tmp_path, claims, "cpu")
+    assert len(read_events(tmp_path / journal.JOURNAL)[0]) == len(claims) + 1
+
+
+# ---------------------------------------------------------------- the study
+
+
+def test_used_are_the_runs_that_were_asked_for() -> None:
+    """All of a claim's world, and of a larger journal nothing else: no rerun, no retry, no other claim's arm."""
+    for name, module in CLAIMS.items():
+        mine = list(played(name))
+        strange = [record(replace(lab.as_design(run.spec), **words), PLACE)
+                   for run in mine[:3] for words in ({"repeat": 1}, {"micro_batch": 2, "accumulation": 2})]  # fmt: skip
+        assert study.used(module, CPU, mine + strange) == mine, name
+        assert study.used(module, CPU, []) == []
+    ended_badly = [but(run, FAILED) for run in played("C05")]
+    assert study.used(CLAIMS["C05"], CPU, ended_badly) == ended_badly
+    asked = set(CLAIMS["C05"].specs(CPU, []))
+    pooled = {run.key: run for run in played("C08") + played("C05")}.values()
+    assert {lab.as_design(run.spec) for run in study.used(CLAIMS["C05"], CPU, list(pooled))} == asked
+
+
+PAGED = ("C01", "C05", "C09", "C11", "C17", "C23")
+
+
+@cache
+def paged() -> tuple[tuple[str, ModuleType], ...]:
+    return tuple(study.chosen(PAGED))
+
+
+def journalled(order: Callable[[list[RunRecord]], list[RunRecord]] = lambda runs: runs) -> list[Json]:
+    runs = list({run.key: run for name in PAGED[1:] for run in played(name)}.values())
+    runs[3] = but(runs[3], DIVERGED, **(runs[3].measured | {"held_out": runs[3].measured["held_out"][:1]}))
+    runs[40] = but(runs[40], OOM)
+    return [registration("C05"), *events_of(order(runs)), registration("C09")]
+
+
+def test_a_page_has_every_run_and_always_the_same_bytes() -> None:
+    """Also when they were made in another order; those that failed are listed with the others."""
+    events = journalled()
+    entries = study.entries(events, "cpu", paged())
+    text = page.verification(entries, study.environment(events))
+    assert text == page.verification(study.entries(events, "cpu", paged()), study.environment(events))
+    other_order = journalled(lambda runs: random.Random(1).sample(runs, len(runs)))
+    assert text == page.verification(study.entries(other_order, "cpu", paged()), study.environment(other_order))
+    sections = dict(zip(PAGED, text.split('<a id="')[1:], strict=True))
+    everything = merge(events)
+    shown: set[str] = set()
+    for entry in entries:
+        keys = {run.key for run in entry.runs}
+        assert all(key in sections[entry.id] for key in keys)
+        assert sum(key in sections[entry.id] for key in everything) == len(keys)
+        shown |= keys
+    assert shown == set(everything)
+    assert "1 diverged" in sections["C05"]
+    assert "device a machine; torch 2" in text
+    assert "not shown" not in text
+
+
+def test_entries_say_what_they_are() -> None:
+    """Title, traps, cost, command, picture and standing; arithmetic has no runs and needs no registration."""
+    first, early, ratio, bits, rewards, kernels = study.entries(journalled(), "cpu", paged())
+    assert (first.registered, first.registration) == ("", "arithmetic: nothing to register")
+    assert (first.runs, first.cost_s, first.asked) == ((), 0.0, 0)
+    assert early.title == "early curves"
+    assert early.traps == tuple((n, TRAPS[n]) for n in CLAIMS["C05"].TRAPS)
+    assert early.command == "lora-plan verify C05 --size cpu"
+    assert early.registration == "registered before the first of its runs started"
+    assert early.registered == registration("C05")["key"][:12]
+    assert early.verdict.status == UNDECIDED  # one of its runs diverged
+    assert early.asked == len(early.runs) == 15
+    assert early.cost_s == 8.0 * 15
+    assert ratio.registration.startswith(f"registered after {len(ratio.runs)} of its {len(ratio.runs)} runs")
+    assert bits.registration == "not registered"
+    assert (rewards.picture, kernels.picture) == ("figures/c17-cpu.svg", "figures/c23-cpu.svg")
+    nothing = study.entries([], "cpu", paged())
+    assert [entry.verdict.status for entry in nothing] == [HOLDS] + [NOT_RUN] * 5
+    assert all(entry.picture == "" for entry in nothing[1:])
+    for entry in (first, early, ratio, bits, rewards, kernels):
+        plain = study.plain_entry(entry)
+        assert (plain["claim"], plain["status"]) == (entry.id, entry.verdict.status)
+        assert plain["reason"] == entry.verdict.sentence
+
+
+def test_runs_are_told_apart_by_their_labels() -> None:
+    """Within a claim no two arms, rates or seeds read alike, but for an adapter's own kernel."""
+    for name, module in CLAIMS.items():
+        labels = [study.summary(run).label for run in played(name) if run.spec.objective != "kernel"]
+        assert len(set(labels)) == len(labels), name
+        assert module.specs
+
+
+def test_a_row_has_first_and_last_loss() -> None:
+    """None where nothing was measured; the last known one of a run that diverged, which says so."""
+    found = study.summary(run(8e-3))
+    assert (found.status, found.first, found.seconds) == (FINISHED, PAPER.start, 8.0)
+    assert found.last == run(8e-3).final_loss
+    early = study.summary(with_losses(8e-3, {0: 3.5, 30: 3.1}, DIVERGED))
+    assert (early.status, early.first, early.last) == (DIVERGED, 3.5, 3.1)
+    nothing = study.summary(with_losses(8e-3, {}, QUEUED))
+    assert (nothing.status, nothing.first, nothing.last, nothing.seconds) == (QUEUED, None, None, 0.0)
+
+
+def test_an_environment_lists_all_it_had() -> None:
+    """Several values of one name, each once; names that tell of a person's machine are left out."""
+    events = [journal.started("a", {"torch": "2.1", "host": "x"}), journal.started("b", {"torch": "2.0", "threads": 1}),
+              journal.started("c", {"torch": "2.1"})]  # fmt: skip
+    assert study.environment(events) == {"torch": "2.0, 2.1", "threads": "1"}
+    assert study.environment([]) == {}
+
+
+def test_a_study_from_nothing_to_its_page(tmp_path: Path) -> None:
+    """Rules are in the journal before the first run; shared grids run once; run again it adds nothing."""
+    claims = study.chosen(["C05", "C20", "C09"])
+    machine = Machine(tmp_path)
+    study.execute(machine, claims)  # type: ignore[arg-type]
+    events, _ = read_events(tmp_path / journal.JOURNAL)
+    assert [event["event"] for event in events[:4]] == ["registered"] * 3 + ["planned"]
+    started = [event["key"] for event in events if event["event"] == "started"]
+    assert len(started) == len(set(started))
+    entries = study.entries(events, "cpu", claims)
+    assert [entry.verdict.status for entry in entries] == [HOLDS] * 3
+    assert {entry.registration for entry in entries} == {"registered before the first of its runs started"}
+    study.execute(machine, claims)  # type: ignore[arg-type]
+    assert read_events(tmp_path / journal.JOURNAL)[0] == events
+
+
+def test_the_shared_sweep_is_one() -> None:
+    """Claims that read it ask for the same runs, so that it is paid for once."""
+    begin = set(shared.specs(CPU, [], CPU.ranks))
+    for name in ("C06", "C08", "C09", "C10", "C18", "C20", "C22"):
+        assert len(begin & set(CLAIMS[name].specs(CPU, []))) >= 15, name
