@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lora_planner import capacity
 from lora_planner.arch import from_config
 from lora_planner.ledger import FITTED, Estimate
+from lora_planner.method import DEFAULT_ALPHA
 from lora_planner.predict import PROBE
 from lora_planner.record import (
     DIVERGED,
@@ -59,8 +60,17 @@ class Arm:
 
 
 def arm_name(spec: RunSpec) -> str:
-    name = "full" if spec.method == "full" else f"{spec.method} r{spec.rank}"
-    return name + (" from scratch" if spec.init == "random" else "")
+    """What tells an arm from the others of its base and task, the learning rate and the seed apart.
+
+    >>> arm_name(RunSpec("b", "shift", rank=8, targets=("mlp",), alpha=16.0))
+    'lora r8 mlp alpha 16'
+    """
+    words = ["full"]
+    if spec.method != "full":
+        words = [f"{spec.method} r{spec.rank}"]
+        words += [",".join(spec.targets)] if spec.targets != ("all-linear",) else []
+        words += [f"alpha {spec.alpha:g}"] if spec.alpha != DEFAULT_ALPHA else []
+    return " ".join([*words, *(["from scratch"] if spec.init == "random" else [])])
 
 
 def arms(runs: Iterable[RunRecord]) -> list[Arm]:
@@ -72,7 +82,8 @@ def arms(runs: Iterable[RunRecord]) -> list[Arm]:
     for run in runs:
         spec = run.spec
         if spec.task != PROBE and spec.objective == "sft" and not spec.repeat:
-            shape = f"{spec.task}, {spec.steps} steps of {spec.batch} x {spec.seq_len}"
+            data = " ".join([spec.task, *(f"{name} {value}" for name, value in spec.task_args if name != "sha256")])
+            shape = f"{data}, {spec.steps} steps of {spec.batch} x {spec.seq_len}"
             groups[spec.base, shape, arm_name(spec)].append(run)
     found = []
     for (base, task, name), some in groups.items():
@@ -233,7 +244,7 @@ def low_rank(runs: Sequence[RunRecord]) -> Verdict:
             extrapolated = True
         else:
             gaps.append(gap)
-            predicted = capacity.rank_penalty(int(arm.name.split(" r")[1]), totals[arm.base])
+            predicted = capacity.rank_penalty(int(arm.name.split(" r")[1].split()[0]), totals[arm.base])
             part += f" (predicted {predicted.value:.1%} [{predicted.low:.1%}, {predicted.high:.1%}])"
             if not predicted.low <= gap <= predicted.high:
                 outside.append(arm.name)
@@ -256,9 +267,12 @@ def exit_code(found: Iterable[Verdict]) -> int:
 
 
 def arm_table(found: Sequence[Arm]) -> list[str]:
-    """Markdown: an arm a row, a rate a column."""
+    """Markdown: an arm a row, a rate a column. A base and task on which every arm had one rate tells nothing of rates
+    and is left out."""
+    swept = {(arm.base, arm.task) for arm in found if len(arm.losses) + len(arm.diverged) > 1}
+    found = [arm for arm in found if (arm.base, arm.task) in swept]
     if not found:
-        return ["No arm finished."]
+        return ["No arm finished at two learning rates."]
     lines: list[str] = []
     for shape in dict.fromkeys((arm.base, arm.task) for arm in found):
         some = [arm for arm in found if (arm.base, arm.task) == shape]

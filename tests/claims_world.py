@@ -52,9 +52,10 @@ class Law:
     slower: float = 0.08
     lora_behind: float = 0.0
     early: float = 0.0  # nats by which lower ranks differ in the first steps
-    doubling: tuple[float, float] = (0.03, 0.03)  # nats a doubling of the batch, at ranks 4 and 16
+    doubling: tuple[float, float] = (0.03, 0.03)  # nats a doubling of the batch, to rank 16 and above
     attention: float = 0.05
     everywhere: float = -0.006
+    halves: tuple[float, float] = (0.03, 0.02)  # of attention, of the MLP: nats above the whole
     experts: float = 0.0
     no_experts: float = 0.05
     tiny: float = 0.3  # share of the supervised gain that the smallest adapters reach
@@ -75,7 +76,7 @@ class Law:
     directions: float = 2.0
     directions_facts: float = 13.0
     directions_noise: float = 0.05
-    unlike: tuple[float, float, float] = (2.0, 0.7, 0.3)  # how far kernels of attention, MLP, all are from full's
+    unlike: tuple[float, ...] = (1.0, 0.5, 0.2, 2.0, 0.7)  # how far kernels of PLACES are from full's
     # noise
     seed_noise: float = 0.02
     noise: float = 0.0005
@@ -84,6 +85,7 @@ class Law:
 
 
 PAPER = Law()
+PLACES = (("attention",), ("mlp",), ("all-linear",), ("k_proj", "q_proj"), ("gate_proj", "up_proj"))
 
 
 @cache
@@ -116,6 +118,8 @@ class Planet:
         law, size = self.law, self.size
         hidden = RECIPES[spec.base].hidden / RECIPES[size.base].hidden
         later = math.log(size.steps / max(step, 1)) / math.log(size.steps / size.short)
+        if smallest(spec):
+            return math.log(1.6e-2) + law.rate_noise * gauss("rate", arm_of(spec), spec.seed)
         found = math.log(size.full_rates[2] / hidden) + math.log(spec.micro_batch / size.micro_batch) / 2
         if spec.method == "full":
             found += math.log(law.short_full) * later
@@ -137,19 +141,16 @@ class Planet:
             return law.experts + (law.no_experts if spec.experts == "none" else 0.0)
         if spec.method == "lora-fa" or spec.init == "random" or spec.task_args:
             return 0.3
-        if spec.targets == ("attention",):
-            return law.attention
-        if spec.targets == ("all-linear",):
-            return law.everywhere
-        if "unembed" not in spec.targets:
-            return 0.0
+        if spec.targets in PLACES:
+            attention, mlp = law.halves
+            return (law.attention, 0.0, law.everywhere, law.attention + attention, mlp)[PLACES.index(spec.targets)]
         second = math.log(size.ranks[-2])
         leaves = law.leaves * (law.leaves_second / law.leaves) ** (math.log(spec.rank) / second)
         seen = step * spec.micro_batch / self.windows()
         found = law.slower * max(0.0, math.log(seen / leaves)) if seen and spec.rank != size.ranks[-1] else 0.0
         found += law.early if spec.rank != size.ranks[-1] and step else 0.0
         doublings = math.log2(spec.micro_batch / size.micro_batch)
-        return found + law.lora_behind + doublings * law.doubling[spec.rank > 4]
+        return found + law.lora_behind + doublings * law.doubling[spec.rank > 16]
 
     def loss(self, spec: RunSpec, step: int) -> float:
         law = self.law
@@ -158,12 +159,11 @@ class Planet:
         noise = law.seed_noise * gauss("seed", spec.seed) + law.noise * gauss("arm", arm_of(spec), spec.seed, step)
         seen = step * spec.micro_batch / self.size.micro_batch if law.by_windows else step
         whole = law.fall * math.log(1 + seen)
-        if smallest(spec):
-            return law.start - law.tiny * whole * best_of(spec.lr, (8e-3,)) + noise
+        behind = (1 - law.tiny) * whole if smallest(spec) else self.behind(spec, step)
         off = math.log(spec.lr) - self.log_best(spec, step)
         curvature = law.full_curvature if spec.method == "full" else law.lora_curvature
         curvature *= math.exp(law.curvature_noise * gauss("curvature", arm_of(spec), spec.seed))
-        return law.start - whole + self.behind(spec, step) + curvature * off**2 + noise
+        return law.start - whole + behind + curvature * off**2 + noise
 
     def reward(self, spec: RunSpec, step: int) -> float:
         law = self.law
@@ -172,20 +172,20 @@ class Planet:
         noise = law.seed_noise * gauss("seed", spec.seed) + law.noise * gauss("arm", arm_of(spec), spec.seed, step)
         reached = law.gain * math.sqrt(step / spec.steps)
         if smallest(spec):
-            return law.reward + law.tiny_rewards * reached * best_of(spec.lr, (8e-3,)) + noise
+            reached *= law.tiny_rewards
         off = math.log(spec.lr) - self.log_best_reward(spec)
         less = law.rank_one_rewards if spec.rank == 1 else 0.0
         return law.reward + reached - less - 0.08 * off**2 + noise
 
     def log_best_reward(self, spec: RunSpec) -> float:
-        best = 5e-4 if spec.method == "full" else 5e-4 * self.law.ratio_rewards
+        best = 1.6e-2 if smallest(spec) else 5e-4 * (self.law.ratio_rewards if spec.method != "full" else 1.0)
         return math.log(best) + self.law.rate_noise * gauss("rate", arm_of(spec), spec.seed)
 
     def facts(self, spec: RunSpec, step: int) -> float:
         """Nats per token when so many bits a parameter are held; the better rate holds all of them."""
         law, tokens = self.law, dict(spec.task_args)["n"] * dict(spec.task_args)["value_tokens"]
         held = law.bits if spec.init == "pretrained" else law.bits_random
-        held *= best_of(spec.lr, (8e-3,)) * (1 + law.bits_noise * gauss("bits", arm_of(spec), spec.seed))
+        held *= (1.0 if spec.lr == 8e-3 else 0.8) * (1 + law.bits_noise * gauss("bits", arm_of(spec), spec.seed))
         if step < spec.steps:
             held /= 1 + law.grown
         bits = held * parameters(spec) if step else 0.0
@@ -209,7 +209,7 @@ class Planet:
             value = self.loss
         steps = [0, *spec.eval_at, spec.steps]
         status = FINISHED
-        if not (spec.task == "facts" or smallest(spec)):
+        if spec.task != "facts":
             best = self.log_best_reward(spec) if spec.objective == "rl" else self.log_best(spec, spec.steps)
             if math.log(spec.lr) > best + math.log(law.ceiling):
                 status, steps = DIVERGED, [0]
@@ -236,7 +236,7 @@ class Planet:
         """That of full fine-tuning plus something of the placement's own."""
         whole = np.random.default_rng(spec.seed).standard_normal((12, 20))
         if spec.method != "full":
-            place = {"attention": 0, "mlp": 1, "all-linear": 2}[spec.targets[0]]
+            place = PLACES.index(spec.targets)
             own = np.random.default_rng([spec.seed, place + 1]).standard_normal((12, 20))
             whole = whole + self.law.unlike[place] * own
         product: list[list[float]] = (whole @ whole.T).tolist()
@@ -245,12 +245,12 @@ class Planet:
 
 def arm_of(spec: RunSpec) -> str:
     """What the runs of an arm share, as a word."""
-    return replace(spec, lr=0.0, seed=0).key
+    return key_of(replace(spec, lr=0.0, seed=0))
 
 
-def best_of(rate: float, best: Sequence[float]) -> float:
-    """1 at a best rate, less elsewhere."""
-    return 1.0 if rate in best else 0.8
+@cache
+def key_of(spec: RunSpec) -> str:
+    return spec.key
 
 
 def smallest(spec: RunSpec) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import shutil
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,7 +48,7 @@ from runner.claims.traps import TRAPS
 CLAIMS = {key: claim(key)[1] for key in BY_ID if key not in ("C01", "C02", "C03", "C04")}
 CPU = lab.SIZES["cpu"]
 #: claims that need fitted optima
-TUNED = ("C06", "C07", "C08", "C09", "C10", "C13", "C16", "C17", "C20", "C22", "C23", "MOE")
+TUNED = ("C06", "C07", "C08", "C09", "C10", "C13", "C16", "C17", "C18", "C20", "C22", "C23", "MOE")
 
 
 @cache
@@ -119,14 +122,15 @@ def test_all_is_every_claim_once() -> None:
 @pytest.mark.parametrize("size", lab.SIZES)
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_papers_world_holds(name: str, size: str) -> None:
-    """With its control seen, an effect in its unit, p where it has one, and a picture that can be drawn."""
+    """With its control seen, an effect in its unit, a p, and a picture that can be drawn."""
     found = judged(name, PAPER, size)
     assert (found.claim, found.status) == (name, HOLDS), found.sentence
     assert "not found" not in found.control
     assert found.control
     assert (found.sentence + found.control).isascii()
     assert found.n > 0
-    assert found.p is None if name in ("C18", "C23") else found.p is not None and found.p < 0.05
+    assert found.p is not None
+    assert found.p < 0.05
     assert found.effect is not None
     assert found.effect.unit == CLAIMS[name].UNIT
     assert found.effect.low <= found.effect.value <= found.effect.high
@@ -149,7 +153,8 @@ PLANTED = {
     "C13": (PAPER.attention, 0.002),
     "C16": (PAPER.doubling[0], 0.001),
     "C17": (0.0, 0.001),
-    "C18": (380_928 / 8 / 4 / 256, 0.01),  # supervised rank 1 over B of four key projections
+    # from rank 1 on attention, 3,584 parameters, to rank 1, 11,904; over B of four key projections of 64 rows
+    "C18": (3584 / 256 * (11904 / 3584) ** (0.2 / (0.7 - 0.08 * math.log(10) / (0.15 * math.log(201)))), 0.7),
     "C19": (2 * math.sqrt(0.1 * PAPER.fall * math.log(201)) / math.log(2) * (0.03**-0.5 - 0.12**-0.5), 0.15),
     "C22": (PAPER.directions, 0.05),
     "C23": (1.0, 0.0),
@@ -176,7 +181,7 @@ CONTRARY = {
     "C05": {"ranks differ at once": other(early=0.03)},
     "C06": {"behind": other(lora_behind=0.04)},
     "C07": {"one rate for both": other(ratio=1.0), "thirty times": other(ratio=30.0)},
-    "C08": {"grows with the rank": other(rank_power=0.6), "falls with the rank": other(rank_power=-0.6),
+    "C08": {"grows with the rank": other(rank_power=0.6, alpha_power=-1.0), "falls with the rank": other(rank_power=-0.6),
             "rank 1 higher": other(rank_one=1.6)},
     "C09": {"smaller in short runs": other(short_full=2.1, short_lora=1.4)},
     "C10": {"high ranks leave first": other(leaves=0.75, leaves_second=0.2, slower=0.12),
@@ -189,7 +194,7 @@ CONTRARY = {
     "C19": {"narrower": other(full_curvature=0.03, lora_curvature=0.12)},
     "C20": {"A stays larger": other(norm=0.4)},
     "C22": {"many directions": other(directions=6.0), "facts need few": other(directions_facts=5.0)},
-    "C23": {"the likest is worst": other(attention=-0.05, everywhere=0.05)},
+    "C23": {"the likest is worst": other(attention=-0.05, everywhere=0.05, halves=(-0.02, 0.02))},
     "MOE": {"behind": other(experts=0.04)},
 }  # fmt: skip
 
@@ -218,12 +223,12 @@ UNCLEAR = {
             "no batch is large": other(by_windows=True)},
     "C17": {"noise": other(noise=0.1), "nothing to gain": other(gain=0.1), "never right": other(reward=0.01),
             "always right": other(reward=0.7, gain=0.25)},
-    "C18": {"the smallest suffices": other(tiny=0.7), "no adapter suffices in RL": other(tiny_rewards=0.1, gain=0.0)},
-    "C19": {"noise": other(curvature_noise=1.5)},
+    "C18": {"noise": other(noise=0.1), "the smallest suffices": other(tiny=0.7), "nothing to gain": other(gain=-0.1)},
+    "C19": {"noise": other(curvature_noise=1.5), "nothing to gain": other(fall=0.02)},
     "C20": {"noise": other(norm_noise=1.0), "rate is nothing": other(norm_power=-0.1)},
     "C22": {"noise": other(directions_noise=0.5), "facts are as simple": other(directions_facts=2.0),
             "all use many": other(directions=13.0)},
-    "C23": {"seeds disagree": other(everywhere=0.0, noise=0.003), "all alike": other(unlike=(0.3, 0.3, 0.3))},
+    "C23": {"one is out of order": other(everywhere=0.1), "kernels are alike": other(unlike=(0.3,) * 5)},
     "MOE": {"noise": other(noise=0.02), "experts are nothing": other(no_experts=0.0)},
 }  # fmt: skip
 
@@ -248,15 +253,17 @@ def test_without_runs_it_is_not_run(name: str, size: str) -> None:
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_no_end_of_a_run_is_a_crash(name: str) -> None:
-    """Runs that were only planned, ran out of memory, failed or all diverged: undecided, whichever comes first."""
+    """Runs that were only planned, ran out of memory, failed or diverged: no verdict, whichever comes first."""
     runs = played(name)
     for status in (QUEUED, INTERRUPTED, FAILED, OOM, DIVERGED):
-        assert CLAIMS[name].verdict([but(run, status) for run in runs], "cpu").status == UNDECIDED, status
+        none = CLAIMS[name].verdict([but(run, status) for run in runs], "cpu")
+        assert none.status in (UNDECIDED, NOT_RUN), status
         half = [but(run, status) if run.spec.seed == 1 else run for run in runs]
         assert CLAIMS[name].verdict(half, "cpu").status == UNDECIDED, status
+        CLAIMS[name].specs(CPU, half)
+    for status in (QUEUED, DIVERGED):
         first = [but(runs[0], status), *runs[1:]]
         assert CLAIMS[name].verdict(first, "cpu").status in (HOLDS, UNDECIDED), status
-        CLAIMS[name].specs(CPU, half)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -304,7 +311,7 @@ def test_a_diverged_neighbour_decides_nothing(name: str) -> None:
     assert not left(name, whole)
 
 
-@pytest.mark.parametrize("name", ["C05", "C11", "C18", "C19"])
+@pytest.mark.parametrize("name", ["C05", "C11", "C19"])
 def test_a_claim_without_optima_waits_for_its_runs(name: str) -> None:
     """One run that is missing, of each arm in turn, is at most a verdict less; an open band is none."""
     runs = played(name)
@@ -317,7 +324,7 @@ def test_a_claim_without_optima_waits_for_its_runs(name: str) -> None:
     missing = [next(r for r in runs if replace(r.spec, lr=0.0, seed=0) == arm) for arm in arms]
     found = {CLAIMS[name].verdict([r for r in runs if r is not gone], "cpu").status for gone in missing}
     assert found <= {HOLDS, UNDECIDED}
-    assert UNDECIDED in found or name == "C18"
+    assert UNDECIDED in found
 
 
 def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
@@ -334,23 +341,22 @@ def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
 
 
 def test_failing_carries_the_p_of_what_failed() -> None:
-    """Of two ways to fail, the test of the other one is not the verdict's p."""
-    for name, what in (("C08", "rank 1 higher"), ("C16", "ranks differ")):
-        found = judged(name, CONTRARY[name][what])
-        # as sure of the other side: the ratio is below 2, the slope above 0
-        surer = judged(name).p
-        assert surer is not None
-        assert found.p is not None
-        assert found.p != pytest.approx(surer, rel=0.5)
-    assert judged("C10", CONTRARY["C10"]["no better after leaving"]).p is None
+    """Rank 1's rate is above rank 4's, and of that the verdict is as sure as its test: not as of the other ranks."""
+    law = replace(CONTRARY["C08"]["rank 1 higher"], rate_noise=0.05)
+    runs = played("C08", law)
+    one, four = (shared.log_rates(runs, lab.arm(CPU, "lora", rank)) for rank in (1, 4))
+    differences = [a - b for a, b in zip(one, four, strict=True)]
+    t = sum(differences) / 3 / (statistics.stdev(differences) / math.sqrt(3))
+    found = judged("C08", law)
+    assert found.status == FAILS
+    assert found.p == pytest.approx((1 - t / math.sqrt(t * t + 2)) / 2)  # Student's t with 2 degrees of freedom
 
 
 def test_a_loss_that_rises_is_no_gain() -> None:
     """Adapters that only ever make rewards worse reach no share of the gain, however far they fall."""
-    law = other(tiny_rewards=-3.0)
-    found = judged("C18", law)
+    found = judged("C18", other(tiny_rewards=-3.0))
     assert found.status == FAILS  # the smallest that suffices in RL is rank 1, as in supervised learning
-    assert "ratio 1" in found.sentence
+    assert "RL 256 -3" in found.sentence
 
 
 def test_bits_below_zero_at_half_time_are_no_plateau() -> None:
@@ -369,10 +375,11 @@ def test_the_kernel_of_one_placement_is_missed() -> None:
     assert (found.status, found.sentence) == (UNDECIDED, "the kernel of mlp, seed 0, is missing")
 
 
-def test_facts_that_were_not_run_are_not_judged() -> None:
-    """The shift alone does not tell of facts."""
-    runs = [run for run in played("C22") if run.spec.task != "facts"]
-    assert CLAIMS["C22"].verdict(runs, "cpu").status == NOT_RUN
+@pytest.mark.parametrize("seeds", [(), (0, 2)])
+def test_facts_that_were_not_run_are_not_judged(seeds: tuple[int, ...]) -> None:
+    """The shift alone does not tell of facts, nor do facts of two seeds."""
+    runs = [run for run in played("C22") if run.spec.task != "facts" or run.spec.seed in seeds]
+    assert CLAIMS["C22"].verdict(runs, "cpu").status == UNDECIDED
 
 
 # ---------------------------------------------------------------- designs
@@ -419,7 +426,7 @@ def test_methods_have_grids_of_their_own(name: str, size: str) -> None:
     assert grids
     for rates in grids.values():
         assert len(rates) >= 5
-        assert all(b / a < 2.1 for a, b in zip(rates, rates[1:], strict=False))
+        assert all(b / a < 2.1 for a, b in itertools.pairwise(rates))
     for full, one in grids.items():
         for lora, another in grids.items():
             alike = replace(lora, method="full", rank=0, alpha=0.0, targets=full.targets, experts=full.experts) == full

@@ -329,7 +329,9 @@ def test_the_table_of_arms() -> None:
         "| full |  | 2.000 | 2.100 | 2.000 at 1.0e-03 (edge) |",
         "| lora r4 | 2.500 | 2.200 | 2.600 | 2.200 at 1.0e-03 |", "",
     ]  # fmt: skip
-    assert arm_table([]) == ["No arm finished."]
+    single = arms([run(2.5, lr=1e-4, rank=4), run(2.4, lr=1e-4, rank=4, targets=("mlp",))])
+    assert [arm.name for arm in single] == ["lora r4", "lora r4 mlp"], "placements are arms of their own"
+    assert arm_table([]) == arm_table(single) == ["No arm finished at two learning rates."]
 
 
 def test_noise_floor() -> None:

@@ -85,8 +85,8 @@ def entries(events: Sequence[Json], size: str, claims: Sequence[tuple[str, Modul
 
 def summary(run: RunRecord) -> RunSummary:
     spec, path = run.spec, run.measured.get("held_out") or []
-    words = [base_name(spec.base), spec.task, spec.objective if spec.objective != "sft" else "", arm_name(spec), ",".join(spec.targets) if spec.method != "full" else "",
-             f"alpha {spec.alpha:g}" if spec.alpha not in (0.0, 32.0) else "", f"lr {spec.lr:.3g}",
+    words = [base_name(spec.base), spec.task, spec.objective if spec.objective != "sft" else "", arm_name(spec),
+             f"lr {spec.lr:.3g}",
              f"{spec.steps} x {spec.batch} x {spec.seq_len}", f"seed {spec.seed}",
              *(f"{name} {value}" for name, value in spec.task_args)]  # fmt: skip
     first, last = (path[0][1], path[-1][1]) if path else (None, None)
