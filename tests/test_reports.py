@@ -1,0 +1,62 @@
+"""What is committed under reports/ is what the records say today: rendered again, byte for byte."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calibrate.score import scoreboard, scores
+from lora_planner.record import line, merge, read_events, read_runs
+from runner.publish import publish
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "reports/runs"
+
+
+def rendered(tmp_path: Path, *words: str) -> str:
+    page = tmp_path / "page.md"
+    done = subprocess.run([sys.executable, "-m", "lora_planner", "report", *words, "--to", str(page)],
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return page.read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RUNS.glob("*.jsonl")))
+def test_no_record_is_damaged_or_names_a_place(name: str) -> None:
+    """Every line has its checksum, and no line a path or a host."""
+    _, skipped = read_events(RUNS / name)
+    assert not skipped
+    assert not [word for word in ("/home/", "/root/", "/tmp/", "/work/", "Users") if word in (RUNS / name).read_text()]
+
+
+def test_the_scoreboard_is_that_of_the_records(tmp_path: Path) -> None:
+    """A change of a formula that moves a score, or of the page, shows in the diff."""
+    assert rendered(tmp_path, "reports/runs/verify-cpu.jsonl") == (ROOT / "reports/scoreboard.md").read_text()
+
+
+def test_publishing_rounds_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
+    """Keys, specs, predictions and the order of events stay; a damaged line is left out and said; scores hardly move."""
+    source = RUNS / "verify-cpu.jsonl"
+    events, _ = read_events(source)
+    ended = next(e for e in events if e["event"] == "ended")
+    ended["measured"]["step_s"] = [value * 1.000000123 for value in ended["measured"]["step_s"]]
+    raw = tmp_path / "runs.jsonl"
+    raw.write_text("".join(line(e) for e in events) + '{"event": "ended", "torn')
+    assert publish(raw, tmp_path / "deep/published.jsonl") == len(events)
+    after, skipped = read_events(tmp_path / "deep/published.jsonl")
+    assert not skipped
+    assert [(e["event"], e["key"]) for e in after] == [(e["event"], e["key"]) for e in events]
+    assert [e for e in after if e["event"] == "planned"] == [e for e in events if e["event"] == "planned"]
+    before, then = (scores(merge(some).values()) for some in (events, after))
+    assert [s.measured for s in then] == pytest.approx([s.measured for s in before], rel=1e-5)
+    written = next(e for e in after if e["event"] == "ended")["measured"]["step_s"]
+    assert written == [float(f"{value:.6g}") for value in ended["measured"]["step_s"]]
+
+
+def test_the_scoreboard_needs_the_records_alone() -> None:
+    """The same runs in another order give the same page."""
+    runs = read_runs(RUNS / "verify-cpu.jsonl")
+    assert scoreboard(scores(runs), runs) == scoreboard(scores(runs[::-1]), runs[::-1])
