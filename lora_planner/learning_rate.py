@@ -19,6 +19,7 @@ from math import exp, isclose, log, sqrt
 
 from lora_planner.errors import BadInput, UnknownName
 from lora_planner.facts import DATA
+from lora_planner.findings import covering
 from lora_planner.ledger import ASSUMED, FITTED, Estimate, around
 from lora_planner.method import DEFAULT_ALPHA, method
 
@@ -180,7 +181,7 @@ def full_lr(total_params: float, model_type: str, objective: str = SFT) -> Estim
     """
     _check(total_params, None, objective)
     family = FAMILIES.get(model_type)
-    ratio = RL_RATIO if objective == RL else SFT_RATIO
+    ratio = RL_RATIO if objective == RL else covering(SFT_RATIO, "C07")
     lora = rl_lora_lr(total_params, family) if objective == RL else sft_lora_lr(total_params, REFERENCE_RANK, family)
     below = _jointly(lora.value / lora.low, ratio.high / ratio.value)
     above = _jointly(lora.high / lora.value, ratio.value / ratio.low)

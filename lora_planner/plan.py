@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import date
 
 from lora_planner import batch as batches
-from lora_planner import capacity, flops, learning_rate
+from lora_planner import capacity, findings, flops, learning_rate
 from lora_planner.cost import Cost, cost
 from lora_planner.data_file import DataFacts
 from lora_planner.errors import BadInput, UnknownName, nearest
@@ -316,6 +316,7 @@ def explain(quantity: str, plan: Plan) -> Ledger:
             Term("batch", plan.batch.batch, ASSUMED, "batch.recommend_batch", note="; ".join(plan.batch.reasons)),
             Term("samples relative to batch 32", extra.value, extra.basis, "batch.extra_samples", extra.low, extra.high,
                  extra.source),
+            *findings.terms("C16"),
         ]  # fmt: skip
         return Ledger("batch", "", terms, "each line is a number of its own", adds=False)
     close = nearest(quantity, QUANTITIES, 1)
@@ -342,6 +343,7 @@ def _capacity_terms(verdict: capacity.Verdict) -> Ledger:
              f"{j.source.regime}; {j.source.source}")
         for j in verdict.judgements
     ]  # fmt: skip
+    terms += findings.terms("C11", "C18", "C22")
     return Ledger(
         "capacity", "", terms, f"verdict: {verdict.verdict}; one line a source, each in its own unit", adds=False
     )
@@ -353,6 +355,7 @@ def _lr_terms(plan: Plan) -> Ledger:
     terms = [
         Term("this method", lr.value, lr.basis, "learning_rate.advise", lr.low, lr.high, notes),
         Term("full fine-tuning", full.value, full.basis, "learning_rate.full_lr", full.low, full.high, full.source),
+        *findings.terms("C07", "C08", "C09", "C19"),
     ]  # fmt: skip
     convention = f"alpha {plan.lr.alpha:g}, {plan.lr.scaling} = {plan.lr.scale:g}; {plan.lr.schedule}"
     return Ledger("learning-rate", "", terms, convention, adds=False)

@@ -46,7 +46,7 @@ class Law:
     # losses
     start: float = 3.5
     fall: float = 0.15
-    by_windows: bool = False  # the fall counts windows instead of steps
+    by_share: bool = False  # the fall counts the share of the run instead of its steps
     leaves: float = 0.1  # share of the run after which rank 1 leaves
     leaves_second: float = 0.75  # the same of the second highest rank
     slower: float = 0.08
@@ -99,6 +99,7 @@ def parameters(design: RunSpec) -> int:
     return trainable_params(model(design.base), design.plan_method())
 
 
+@cache
 def gauss(*words: Any) -> float:
     """A standard normal number that depends on nothing but the words."""
     return random.Random("|".join(map(str, words))).gauss(0, 1)
@@ -157,7 +158,7 @@ class Planet:
         if not step:
             return law.start
         noise = law.seed_noise * gauss("seed", spec.seed) + law.noise * gauss("arm", arm_of(spec), spec.seed, step)
-        seen = step * spec.micro_batch / self.size.micro_batch if law.by_windows else step
+        seen = self.size.steps * step / spec.steps if law.by_share else step
         whole = law.fall * math.log(1 + seen)
         behind = (1 - law.tiny) * whole if smallest(spec) else self.behind(spec, step)
         off = math.log(spec.lr) - self.log_best(spec, step)
@@ -189,7 +190,8 @@ class Planet:
         if step < spec.steps:
             held /= 1 + law.grown
         bits = held * parameters(spec) if step else 0.0
-        return math.log(2) * (math.log2(ALPHABET) - bits / tokens)
+        nats: float = math.log(2) * (math.log2(ALPHABET) - bits / tokens)
+        return nats
 
     def measured(self, spec: RunSpec) -> tuple[str, Json]:
         """Status and record of a design, its base by its name."""
@@ -243,14 +245,17 @@ class Planet:
         return product
 
 
+@cache
 def arm_of(spec: RunSpec) -> str:
     """What the runs of an arm share, as a word."""
-    return key_of(replace(spec, lr=0.0, seed=0))
+    return replace(spec, lr=0.0, seed=0).key
 
 
 @cache
-def key_of(spec: RunSpec) -> str:
-    return spec.key
+def made(design: RunSpec) -> tuple[str, RunSpec]:
+    """Key and spec of a design's run: its base gets the hash of what made it."""
+    spec = replace(design, base=design.base + STAMP)
+    return spec.key, spec
 
 
 def smallest(spec: RunSpec) -> bool:
@@ -258,11 +263,11 @@ def smallest(spec: RunSpec) -> bool:
     return spec.rank == 1 and spec.targets in (("k_proj",), ("attention",))
 
 
-def record(spec: RunSpec, planet: Planet) -> RunRecord:
-    """The run of a design: its base gets the hash of what made it."""
-    status, measured = planet.measured(spec)
-    made = replace(spec, base=spec.base + STAMP)
-    return RunRecord(made.key, made, {"hidden_size": RECIPES[spec.base].hidden}, {}, status, measured=measured)
+def record(design: RunSpec, planet: Planet) -> RunRecord:
+    """The run of a design."""
+    status, measured = planet.measured(design)
+    key, spec = made(design)
+    return RunRecord(key, spec, {"hidden_size": RECIPES[design.base].hidden}, {}, status, measured=measured)
 
 
 def world(wanted: Callable[[Sequence[RunRecord]], Iterable[RunSpec]], size: str = "cpu", law: Law = PAPER,

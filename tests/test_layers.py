@@ -14,6 +14,7 @@ ORDER = [
     {"units", "errors"},
     {"ledger"},
     {"model", "facts", "lengths", "data_rows"},
+    {"findings"},
     {"data_file"},
     {"arch"},
     {"checkpoint", "model_source", "method"},
