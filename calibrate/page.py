@@ -124,7 +124,7 @@ def _section(entry: Entry, name: str, p: float | None, tests: int) -> list[str]:
         ("control", inert(v.control)),
         ("metric", inert(entry.metric)),
         ("rule", inert(entry.rule)),
-        ("p", f"{p:.2g} after Holm over {tests} tests, {v.p:.2g} alone" if p is not None else ""),
+        ("p", f"{p:.2g} after Holm over {tests} tests, {v.p:.2g} alone" if p is not None and v.p is not None else ""),
     ]
     registration = [
         ("pre-registration", ", ".join(inert(t) for t in (entry.registered or "none", entry.registration) if t)),

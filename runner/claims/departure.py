@@ -24,8 +24,8 @@ METRIC = ("slope of ln(departure step) over ln(rank), departure from the largest
           "curves are the pointwise minimum over learning rates, as in the paper")  # fmt: skip
 RULE = ("Holds if the slope over seeds is above 0 (one-sided t test, 5 %) and each rank that left still improves by the "
         "last step on average; fails if the slope is below 0 or a rank gets worse (one-sided t test over seeds, corrected for "
-        "the ranks); undecided where fewer than two ranks left, "
-        "or all left before the first evaluation. Control: rank 1 must leave.")  # fmt: skip
+        "the ranks); fails too where two ranks have left by the first evaluation, "
+        "step 5, in every seed; undecided where fewer than two ranks leave. Control: rank 1 must leave.")  # fmt: skip
 TRAPS = (1, 5, 10, 13)
 
 
@@ -80,7 +80,11 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     seen = s.ranks[0] in always
     control = f"rank {s.ranks[0]} leaves in every seed: {'found' if seen else 'not found'}"
     plot = picture(runs, s)
-    if not seen or len(always) < 2 or all(step == first for rank in always for step in left[rank]):
+    at_once = [rank for rank in always if all(step == first for step in left[rank] if step)]
+    if seen and len(at_once) > 1:
+        sentence += f"; ranks {', '.join(map(str, at_once))} have left by the first evaluation, so they never follow"
+        return Verdict("C10", FAILS, sentence, n=count(runs, designs), control=control, plot=plot)
+    if not seen or len(always) < 2:
         return Verdict("C10", UNDECIDED, sentence, n=count(runs, designs), control=control, plot=plot)
     x = [math.log(rank) for rank in always]
     groups = [(x, [math.log(left[rank][i] or 1) for rank in always]) for i in range(len(SEEDS))]
@@ -93,7 +97,7 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     status = HOLDS if above < 0.05 and better else FAILS if min(below, worse) < 0.05 else UNDECIDED
     told = ", ".join(f"rank {rank} {mean_interval(c).value:+.3f}" for rank, c in later.items() if c)
     return Verdict("C10", status, f"{sentence}; change in nats from then to the end: {told}", effect, count(runs, designs),
-                   p=min(above, below, worse), control=control, plot=plot)  # fmt: skip
+                   p=min(below, worse) if status == FAILS else above, control=control, plot=plot)  # fmt: skip
 
 
 def line(runs: Sequence[RunRecord], size: Size) -> str:
@@ -113,4 +117,10 @@ def picture(runs: Sequence[RunRecord], size: Size) -> Plot:
     for design in (*(lora(size, rank) for rank in size.ranks), full(size)):
         path = enveloped(runs, design, SEEDS[0])
         series.append(Series(name(design), tuple(float(step) for step, _ in path), tuple(loss for _, loss in path)))
-    return Plot("pointwise minimum over learning rates, seed 0", "step", "held-out nats per token", tuple(series), True)
+    return Plot(
+        f"pointwise minimum over learning rates, seed {SEEDS[0]}",
+        "step",
+        "held-out nats per token",
+        tuple(series),
+        True,
+    )

@@ -52,8 +52,8 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     ratios = sorted(b / a for _, a, b in best[0].measured["norms"])
     larger = sum(ratio > 1 for ratio in ratios)
     sentence = (f"|B| > |A| in {larger} of {len(ratios)} matrices after {s.steps} steps; |B| / |A| has median "
-                f"{ratios[len(ratios) // 2]:.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f} (seed 0)")  # fmt: skip
-    plot = Plot("|B| over |A| by matrix, seed 0", "matrix, sorted", "ratio of spectral norms",
+                f"{ratios[len(ratios) // 2]:.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f} (seed {SEEDS[0]})")  # fmt: skip
+    plot = Plot(f"|B| over |A| by matrix, seed {SEEDS[0]}", "matrix, sorted", "ratio of spectral norms",
                 (Series("|B| / |A|", tuple(float(i) for i in range(len(ratios))), tuple(ratios), style="points"),), y_log=True)  # fmt: skip
     return Verdict("C20", status, sentence, effect, count(runs, [design]), p=min(above, below), plot=plot,
                    control=f"at {s.lora_rates[0]:.1e} it is {slow:.2f}: {'found' if seen else 'not found'}")  # fmt: skip

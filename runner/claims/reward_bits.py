@@ -67,18 +67,21 @@ def steps(runs: Sequence[RunRecord], size: Size, rl: bool, seed: int) -> list[tu
     return [(n, gain(runs, d, seed) / reference) for n, d in zip(sizes, ladder(size, rl), strict=True)]
 
 
-def enough(found: Sequence[tuple[int, float]]) -> tuple[float, bool]:
-    """(parameters at which HALF is reached, whether that is only a bound: the smallest reach it, or none do).
+def enough(found: Sequence[tuple[int, float]]) -> tuple[float, str]:
+    """(parameters at which HALF is reached, "" or which bound that is: "above" where the smallest adapter already
+    reaches it, so that fewer may do; "below" where none does).
 
     >>> enough([(100, 0.25), (10000, 0.75)])
-    (1000.0, False)
+    (1000.0, '')
+    >>> enough([(256, 0.1), (190464, 0.4)])
+    (190464.0, 'below')
     """
     if found[0][1] >= HALF:
-        return float(found[0][0]), True
+        return float(found[0][0]), "above"
     for (few, low), (many, high) in pairwise(found):
         if high >= HALF:
-            return round(few * (many / few) ** ((HALF - low) / (high - low)), 6), False
-    return float(found[-1][0]), True
+            return round(few * (many / few) ** ((HALF - low) / (high - low)), 6), ""
+    return float(found[-1][0]), "below"
 
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
@@ -95,7 +98,13 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     found = {rl: [steps(runs, s, rl, seed) for seed in SEEDS] for rl in (True, False)}
     halves = {rl: [enough(row) for row in rows] for rl, rows in found.items()}
     logs = [math.log(b[0] / a[0]) for a, b in zip(halves[True], halves[False], strict=True)]
-    bound = any(b for row in halves.values() for _, b in row)
+    kinds = {rl: {kind for _, kind in row} for rl, row in halves.items()}
+    if "below" in kinds[True] or "above" in kinds[False]:
+        told = (
+            "no RL adapter reaches" if "below" in kinds[True] else "the smallest adapter already reaches, supervised,"
+        )
+        return Verdict("C18", UNDECIDED, f"{told} half of full fine-tuning's gain, in some seed", n=n)
+    bound = "above" in kinds[True] or "below" in kinds[False]
     effect = replace(ratio_interval(logs), unit=UNIT)
     if bound:
         effect = replace(effect, high=math.inf)

@@ -12,6 +12,8 @@ from runner.claims.lab import SEEDS, SIZES, Size, arm, grid, mean_points, of_arm
 LWR = 'Schulman et al. 2025, "LoRA Without Regret", thinkingmachines.ai/blog/lora'
 #: two losses within this share of the reference's are the same for a user
 MARGIN = 0.005
+#: factor by which a rate of the sharpness control is off
+OFF = 2.0
 
 
 def full(size: Size) -> RunSpec:
@@ -79,6 +81,27 @@ def margin_nats(runs: Sequence[RunRecord], size: Size, seeds: Sequence[int] = SE
     return MARGIN * mean_interval(tuned_losses(runs, full(size), seeds)).value
 
 
+def sharp(runs: Sequence[RunRecord], designs: Sequence[RunSpec], margin: float, seeds: Sequence[int] = SEEDS,
+          step: int | None = None) -> tuple[bool, str]:  # fmt: skip
+    """A control for best rates: a rate off by a factor of OFF or more, on either side, must cost more than the margin in
+    every arm. Where it does not, the U is too flat to say where its lowest point lies."""
+    least = math.inf
+    for design in designs:
+        centre = math.exp(mean_interval(log_rates(runs, design, seeds, step)).value)
+        floor = mean_interval(tuned_losses(runs, design, seeds, step)).value
+        known = mean_points(runs, design, seeds, step)
+        for side in ([r for r in known if r <= centre / OFF], [r for r in known if r >= centre * OFF]):
+            nearest = min(side, key=lambda r: abs(math.log(r / centre)), default=None)
+            loss = None if nearest is None else known[nearest]
+            cost = -math.inf if nearest is None else math.inf if loss is None else loss - floor
+            least = min(least, cost)
+    seen = least > margin
+    told = (
+        "no rate so far off was run" if least == -math.inf else f"costs at least {least:.3f} nats, margin {margin:.3f}"
+    )
+    return seen, f"a rate off by {OFF:g} {told}: {'found' if seen else 'not found'}"
+
+
 def u_curves(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seeds: Sequence[int] = SEEDS,
              step: int | None = None, title: str = "", y_label: str = "held-out nats per token") -> Plot:  # fmt: skip
     """Loss over the learning rate, a line an arm, the seeds' range as its band; what lost more than it began with
@@ -95,7 +118,7 @@ def u_curves(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seeds: Seque
     return Plot(title or "loss by learning rate", "learning rate", y_label, tuple(series), x_log=True)
 
 
-def curves_plot(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seed: int = 0, title: str = "") -> Plot:
+def curves_plot(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seed: int = SEEDS[0], title: str = "") -> Plot:
     """Held-out loss over steps of each arm's best run of one seed."""
     series = []
     for design in designs:
