@@ -135,6 +135,8 @@ def layers(model: Model, method: Method, setup: Setup) -> tuple[tuple[Kept, ...]
         if first is not None:  # nothing before it is trained, so its input needs no gradient
             kept_first = norm(first, HABITS.get(model.model_type, LLAMA), False, setup)
             add(totals, kept_first.times(-1))
+        for k in _before_first_adapter(model, trained, setup, first):
+            add(totals, k.times(-1))
     largest = max(per_block, key=lambda kept: sum(k.token + k.pair * 4096 for k in kept))
     return tuple(totals.values()), largest
 
@@ -174,6 +176,23 @@ def _first_norm(model: Model) -> Weight | None:
     block = model.blocks[model.order[0]]
     names = ("input_layernorm", "ln_1", "norm", "self_attn_layer_norm", "ln_attn")
     return next((w for w in block.weights if w.width and w.name.rsplit(".", 1)[-1] in names), None)
+
+
+def _before_first_adapter(model: Model, trained: Trained, setup: Setup, first: Weight | None) -> Iterator[Kept]:
+    """What the first layer does not keep where only its MLP has adapters: attention and norms come before any
+    gradient (`first` is counted already), as in `flops` the layer's attention has no backward."""
+    block = model.blocks[model.order[0]]
+    mixing = [row for row in block.linears if row.group == "attn"]
+    if not isinstance(block.mixer, Attention) or any(row.name in trained.adapters for row in mixing):
+        return
+    if not any(row.name in trained.adapters for row in block.linears):
+        return
+    habit = HABITS.get(model.model_type, LLAMA)
+    yield attention(block.mixer, block.linears, habit, setup)
+    for weight in block.weights:
+        after = any(word in weight.name for word in ("post_feedforward", "post_mlp"))
+        if weight.width and weight is not first and not after:
+            yield norm(weight, habit, False, setup)
 
 
 def block_kept(block: Block, family: str, trained: Trained, setup: Setup) -> tuple[Kept, ...]:

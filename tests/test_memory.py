@@ -164,8 +164,10 @@ def _autograd(family: str, config: dict[str, Any], layers: int, how: Method, set
     attention = "eager" if setup.attention == "eager" else "sdpa"
     net = transformers.AutoModelForCausalLM.from_config(known, attn_implementation=attention, dtype=torch.bfloat16)
     if not how.is_full:
-        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        if family == "llama":
+        names = ["lm_head"] if "unembed" in how.targets else []
+        if {"all-linear", "attention"} & set(how.targets):
+            names += ["q_proj", "k_proj", "v_proj", "o_proj"]
+        if family == "llama" and {"all-linear", "mlp"} & set(how.targets):
             names += ["gate_proj", "up_proj", "down_proj"]
         lora = peft.LoraConfig(r=how.rank, target_modules=names)
         net = peft.get_peft_model(net, lora, autocast_adapter_dtype=how.adapter_dtype == "float32")
@@ -218,6 +220,23 @@ def test_one_more_layer_keeps_what_the_closed_form_says(
     if setup.autocast:  # bf16 copies of the adapters are a term of their own in memory.py
         closed += 2 * (trainable_params(deep, how) - trainable_params(shallow, how))
     assert closed == pytest.approx(real, rel=0.003)
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+def test_attention_before_the_first_adapter_keeps_nothing(adapter_dtype: str) -> None:
+    """With adapters on the MLP alone the first layer's attention and norms have no gradient, so nothing is kept of
+    them: what one layer of a real model keeps besides its head's share."""
+    only_mlp, with_head, only_head = (
+        Method(rank=8, targets=targets, adapter_dtype=adapter_dtype)
+        for targets in (("mlp",), ("mlp", "unembed"), ("unembed",))
+    )
+    setup = Setup("flash")
+    real = _autograd("llama", SMALL, 1, with_head, setup) - _autograd("llama", SMALL, 1, only_head, setup)
+    model = from_config({**SMALL, "model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False})
+    kept = {k.name: k.token * TOKENS for k in activations.layers(model, only_mlp, setup)[0]}
+    final_norm = TOKENS * 4 * (model.hidden_size + 1)  # it has a gradient only where a layer before it has an adapter
+    assert sum(kept.values()) + final_norm == pytest.approx(real, rel=0.003)
+    assert kept["attention"] == 0
 
 
 # ---------------------------------------------------------------- relations
