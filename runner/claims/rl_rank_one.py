@@ -12,7 +12,7 @@ from runner.claims.shared import LWR, count, name, tuned_losses, u_curves, unrea
 SEEDS = (3, 4, 5, 6, 7)
 MARGIN, LEAST_GAIN = 0.03, 0.15
 RANKS = (1, 16)
-FULL_RATES, LORA_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+FULL_RATES, LORA_RATES = (2e-4, 3.2e-4, 5e-4, 8e-4, 1.25e-3), (5e-4, 8e-4, 1.25e-3, 2e-3, 3.2e-3)
 SENTENCE = "With a policy gradient on verifiable rewards, LoRA of rank 1 reaches what full fine-tuning reaches."
 SOURCE = LWR + ", 'Reinforcement learning'"
 PUBLISHED = ("rank 1 matches full on MATH and GSM8K; open-rl: within 0.002 of full on an 8B model; PeRL (arXiv 2512.23165): "
