@@ -102,7 +102,7 @@ class Base:
     def summary(self) -> dict[str, Any]:
         """What a record says of it: how well it knows its own text, and what counting pairs there reaches."""
         story = self.story()
-        return {name: story[name] for name in ("name", "tokens", "nats", "bigram_nats") if name in story}
+        return {name: story[name] for name in ("name", "tokens", "nats", "bigram_nats", "weights") if name in story}
 
 
 def hf_config(recipe: Recipe, vocab: int) -> dict[str, Any]:
@@ -174,13 +174,22 @@ def ensure(name: str, home: Path, device: str, train: Callable[[RunSpec, Base, P
             shutil.copy(file, out / file.name)
     story = {"name": name, "recipe": asdict(recipe), "text": digest, "held_out": measured["held_out"],
              "nats": measured["held_out"][-1][1], "tokens": measured["trained_tokens"],
-             "losses": measured["losses"]}  # fmt: skip
+             "weights": weights_digest(out), "losses": measured["losses"]}  # fmt: skip
     if "bigram_nats" in measured["task"]:
         story["bigram_nats"] = measured["task"]["bigram_nats"]
     (out / "base.json").write_text(json.dumps(story, indent=1))
     os.rename(out, done)
     shutil.rmtree(work, ignore_errors=True)
     return Base(key, done)
+
+
+def weights_digest(path: Path) -> str:
+    """First 16 hex digits of the sha256 of all weights. The key of a base says what made it, this what came out: on
+    another processor the last bits differ, and runs of the two are not of one study."""
+    found = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def sibling(source: Base, home: Path, factor: float) -> Base | None:

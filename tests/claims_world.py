@@ -23,7 +23,7 @@ from lora_planner.model import Model
 from lora_planner.params import trainable_params
 from lora_planner.record import DIVERGED, FINISHED, Json, RunRecord, RunSpec
 from runner.base import RECIPES, hf_config
-from runner.claims import lab
+from runner.claims import lab, memorised_bits
 
 STAMP = "-0123456789ab"
 ALPHABET = 2000
@@ -41,11 +41,12 @@ class Law:
     short_full: float = 1.4  # best rate at the short step over that at the last one
     short_lora: float = 2.1
     full_curvature: float = 0.12
-    lora_curvature: float = 0.03
+    lora_curvature: float = 0.04
+    short_curvature: float = 1.0  # curvature up to the short step over that at the last one
     ceiling: float = 9.0
     # losses
     start: float = 3.5
-    fall: float = 0.15
+    fall: float = 0.2
     by_share: bool = False  # the fall counts the share of the run instead of its steps
     leaves: float = 0.1  # share of the run after which rank 1 leaves
     leaves_second: float = 0.75  # the same of the second highest rank
@@ -64,9 +65,11 @@ class Law:
     gain: float = 0.4
     ratio_rewards: float = 8.0
     rank_one_rewards: float = 0.0
+    lora_rewards: float = 1.0  # share of the gain that LoRA reaches in rewards, from rank 1 up
     tiny_rewards: float = 0.9
     # memory, norms, updates, kernels
     bits: float = 2.2
+    bits_rate: float = memorised_bits.RATES[1]  # which holds most; half or twice the rate a seventh less
     bits_random: float = 1.0
     grown: float = 0.03
     bits_noise: float = 0.02
@@ -115,23 +118,27 @@ class Planet:
     def windows(self) -> int:
         return self.size.steps * self.size.micro_batch
 
+    def earlier(self, step: int) -> float:
+        """How far before the end a step lies, in the log of the steps: 0 at the last one, 1 at the short one."""
+        return math.log(self.size.steps / max(step, 1)) / math.log(self.size.steps / self.size.short)
+
     def log_best(self, spec: RunSpec, step: int) -> float:
         law, size = self.law, self.size
         hidden = RECIPES[spec.base].hidden / RECIPES[size.base].hidden
-        later = math.log(size.steps / max(step, 1)) / math.log(size.steps / size.short)
+        earlier = self.earlier(step)
         if smallest(spec):
             return math.log(1.6e-2) + law.rate_noise * gauss("rate", arm_of(spec), spec.seed)
         found = math.log(size.full_rates[2] / hidden) + math.log(spec.micro_batch / size.micro_batch) / 2
         if spec.method == "full":
-            found += math.log(law.short_full) * later
+            found += math.log(law.short_full) * earlier
             own = 0.0
         else:
             found += (
-                math.log(law.ratio) + math.log(law.short_lora) * later + law.alpha_power * math.log(spec.alpha / 32)
+                math.log(law.ratio) + math.log(law.short_lora) * earlier + law.alpha_power * math.log(spec.alpha / 32)
             )
             own = math.log(law.rank_one) if spec.rank == 1 else law.rank_power * math.log(max(spec.rank, 4) / 4)
         own += law.rate_noise * gauss("rate", arm_of(spec), spec.seed)
-        return found + own * min(1.0, max(0.0, 1 - later))
+        return found + own * min(1.0, max(0.0, 1 - earlier))
 
     def behind(self, spec: RunSpec, step: int) -> float:
         """Nats above full fine-tuning at this arm's best rate."""
@@ -164,6 +171,7 @@ class Planet:
         off = math.log(spec.lr) - self.log_best(spec, step)
         curvature = law.full_curvature if spec.method == "full" else law.lora_curvature
         curvature *= math.exp(law.curvature_noise * gauss("curvature", arm_of(spec), spec.seed))
+        curvature *= law.short_curvature ** min(1.0, self.earlier(step))
         return law.start - whole + behind + curvature * off**2 + noise
 
     def reward(self, spec: RunSpec, step: int) -> float:
@@ -174,6 +182,8 @@ class Planet:
         reached = law.gain * math.sqrt(step / spec.steps)
         if smallest(spec):
             reached *= law.tiny_rewards
+        elif spec.method != "full":
+            reached *= law.lora_rewards
         off = math.log(spec.lr) - self.log_best_reward(spec)
         less = law.rank_one_rewards if spec.rank == 1 else 0.0
         return law.reward + reached - less - 0.08 * off**2 + noise
@@ -183,10 +193,10 @@ class Planet:
         return math.log(best) + self.law.rate_noise * gauss("rate", arm_of(spec), spec.seed)
 
     def facts(self, spec: RunSpec, step: int) -> float:
-        """Nats per token when so many bits a parameter are held; the better rate holds all of them."""
+        """Nats per token when so many bits a parameter are held; the best rate holds all of them."""
         law, tokens = self.law, dict(spec.task_args)["n"] * dict(spec.task_args)["value_tokens"]
         held = law.bits if spec.init == "pretrained" else law.bits_random
-        held *= (1.0 if spec.lr == 8e-3 else 0.8) * (1 + law.bits_noise * gauss("bits", arm_of(spec), spec.seed))
+        held *= (1 - 0.3 * math.log(spec.lr / law.bits_rate) ** 2) * (1 + law.bits_noise * gauss("bits", arm_of(spec), spec.seed))
         if step < spec.steps:
             held /= 1 + law.grown
         bits = held * parameters(spec) if step else 0.0

@@ -119,12 +119,13 @@ def as_design(spec: RunSpec) -> RunSpec:
 
 
 def of_arm(runs: Iterable[RunRecord], design: RunSpec) -> list[RunRecord]:
-    """Runs of one arm. Two bases of one name (other libraries, another text) are two studies and are refused."""
+    """Runs of one arm. Two bases of one name (other libraries, another text, another processor's last bits) are two
+    studies and are refused."""
     found = [run for run in runs if is_of(run, design)]
-    bases = {run.spec.base for run in found}
-    if len(bases) > 1:
-        raise BadInput(f"runs of {len(bases)} bases called {design.base}", "journal",
-                       "They were made by other libraries or text: give one journal for each.")  # fmt: skip
+    bases = {(run.spec.base, w) for run in found if (w := run.measured.get("base", {}).get("weights"))}
+    if len({run.spec.base for run in found}) > 1 or len(bases) > 1:
+        raise BadInput(f"runs of two bases called {design.base}", "journal",
+                       "They were made by other libraries, text or processors: give one journal for each.")  # fmt: skip
     return found
 
 
