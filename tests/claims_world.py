@@ -196,7 +196,8 @@ class Planet:
         """Nats per token when so many bits a parameter are held; the best rate holds all of them."""
         law, tokens = self.law, dict(spec.task_args)["n"] * dict(spec.task_args)["value_tokens"]
         held = law.bits if spec.init == "pretrained" else law.bits_random
-        held *= (1 - 0.3 * math.log(spec.lr / law.bits_rate) ** 2) * (1 + law.bits_noise * gauss("bits", arm_of(spec), spec.seed))
+        held *= 1 - 0.3 * math.log(spec.lr / law.bits_rate) ** 2
+        held *= 1 + law.bits_noise * gauss("bits", arm_of(spec), spec.seed)
         if step < spec.steps:
             held /= 1 + law.grown
         bits = held * parameters(spec) if step else 0.0

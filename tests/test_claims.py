@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import statistics
 from collections import defaultdict
@@ -13,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from claims_world import PAPER, STAMP, Law, Planet, parameters, record, smallest, world
 
-from calibrate import page
+from calibrate import curves, page
 from lora_planner.errors import BadInput, UnknownName
 from lora_planner.record import (
     DIVERGED,
@@ -44,6 +45,7 @@ from runner import journal
 from runner.base import RECIPES
 from runner.claims import (
     BY_ID,
+    batch_penalty,
     claim,
     departure,
     early_curves,
@@ -110,6 +112,21 @@ def but(run: RunRecord, status: str, **measured: Any) -> RunRecord:
     return RunRecord(run.key, run.spec, run.config, {}, status, measured=measured)
 
 
+is_of = lab.is_of
+
+
+@cache
+def decided(spec: RunSpec, design: RunSpec) -> bool:
+    return is_of(SimpleNamespace(spec=spec), design)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lab.is_of` is asked but once of a run and an arm, and not where rank or length differ: for time alone."""
+    monkeypatch.setattr(lab, "is_of", lambda run, design: (run.spec.rank, run.spec.steps) == (design.rank, design.steps)
+                        and decided(run.spec, design))  # fmt: skip
+
+
 # ---------------------------------------------------------------- what a claim is
 
 
@@ -173,6 +190,10 @@ def test_the_papers_world_holds(name: str, size: str) -> None:
         assert all(math.isfinite(v) and (v > 0 or not found.plot.y_log) for v in heights), series.name
 
 
+#: nats that full fine-tuning gains
+GAIN = PAPER.fall * math.log(1 + CPU.steps)
+#: octaves between the two ends of 90 % of that, were the curvature 1
+OCTAVES = 2 * math.sqrt(0.1 * GAIN) / math.log(2)
 #: what was planted, as each claim measures it, and how far from it noise and straight lines may lead
 PLANTED = {
     "C06": (0.0, 0.001),
@@ -185,8 +206,8 @@ PLANTED = {
     "C16": (PAPER.doubling[0], 0.001),
     "C17": (0.0, 0.001),
     # from rank 1 on attention, 3,584 parameters, to rank 1, 11,904; over B of four key projections of 64 rows
-    "C18": (3584 / 256 * (11904 / 3584) ** (0.2 / (0.7 - PAPER.slower * math.log(10) / (PAPER.fall * math.log(201)))), 0.7),
-    "C19": (2 * math.sqrt(0.1 * PAPER.fall * math.log(201)) / math.log(2) * (PAPER.lora_curvature**-0.5 - PAPER.full_curvature**-0.5), 0.1),
+    "C18": (3584 / 256 * (11904 / 3584) ** (0.2 / (0.7 - PAPER.slower * math.log(10) / GAIN)), 0.7),
+    "C19": (OCTAVES * (PAPER.lora_curvature**-0.5 - PAPER.full_curvature**-0.5), 0.1),
     "C22": (PAPER.directions, 0.05),
     "C23": (1.0, 0.0),
     "MOE": (0.0, 0.001),
@@ -212,7 +233,7 @@ CONTRARY = {
             "rank 1 higher": other(rank_one=1.6)},
     "C09": {"smaller in short runs": other(short_full=2.1, short_lora=1.4)},
     "C10": {"high ranks leave first": other(leaves=0.75, leaves_second=0.2, slower=0.12),
-            "no better after leaving": other(slower=0.2), "ranks leave at once": other(early=0.05)},
+            "no better after leaving": other(slower=0.3), "ranks leave at once": other(early=0.05)},
     "C11": {"a tenth": other(bits=0.2, bits_random=0.1), "twice": other(bits=4.4)},
     "C13": {"attention is better": other(attention=-0.05, everywhere=-0.05), "no worse": other(attention=0.0)},
     "C16": {"large batches help": other(doubling=(-0.03, -0.03)), "ranks differ": other(doubling=(0.05, 0.01))},
@@ -242,7 +263,7 @@ UNCLEAR = {
     "C07": {"noise": other(rate_noise=0.4), "at an end": other(ratio=7.2, rate_noise=0.1)},
     "C08": {"noise": other(rate_noise=0.5)},
     "C09": {"noise": other(rate_noise=0.3), "no rate moves": other(short_full=1.0, short_lora=1.0)},
-    "C10": {"noise": other(noise=0.1)},
+    "C10": {"noise": other(noise=0.1), "all leave together": other(leaves=0.3, leaves_second=0.3)},
     "C11": {"noise": other(bits_noise=0.4), "an end": other(bits=1.72, bits_noise=0.1),
             "still learning": other(grown=0.3), "the lowest rate is best": other(bits_rate=memorised_bits.RATES[0]),
             "the highest rate is best": other(bits_rate=memorised_bits.RATES[-1])},
@@ -336,10 +357,7 @@ def test_no_end_of_a_run_is_a_crash(name: str) -> None:
         assert CLAIMS[name].verdict(first, "cpu").status in (HOLDS, UNDECIDED), status
 
 
-@pytest.mark.parametrize("name", [
-    *(name for name in CLAIMS if name != "C22"),
-    pytest.param("C22", marks=pytest.mark.xfail(strict=True, reason="it takes facts of all seeds")),
-])  # fmt: skip
+@pytest.mark.parametrize("name", list(CLAIMS))
 def test_runs_that_tried_a_design_out_are_not_judged(name: str) -> None:
     """Their seeds are others, their world is another: word, effect, p and picture stay, and nothing is asked anew."""
     runs = list(played(name))
@@ -429,8 +447,8 @@ def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
 @pytest.mark.parametrize("name", ["C07", "C08", "C09"])
 def test_rules_name_the_numbers_of_their_control(name: str) -> None:
     """The factor by which a rate is off, and the margin that this has to cost."""
-    assert f"a rate off by a factor of {shared.OFF:g} must cost more than {shared.MARGIN:.1%}" in (
-        CLAIMS[name].RULE.replace("0.5 %", "0.5%").replace("by a  factor", "by a factor"))  # fmt: skip
+    asked = f"a rate off by a factor of {shared.OFF:g} must cost more than {100 * shared.MARGIN:g} % of the loss"
+    assert asked in CLAIMS[name].RULE
 
 
 def test_early_steps_are_told_apart_by_the_middle_rate() -> None:
@@ -456,7 +474,9 @@ def test_failing_carries_the_p_of_what_failed() -> None:
 def test_alpha_in_proportion_is_told_beside_the_verdict() -> None:
     """What rank 1's best rate then is over rank 16's, or that it is not known; word, effect and p are the same."""
     planted = PAPER.rank_one * 16**-PAPER.alpha_power
-    assert f"with alpha = 2 r rank 1's best rate is {planted:.1f} [" in judged("C08").sentence
+    told = re.search(r"with alpha = 2 r rank 1's best rate is ([\d.]+) \[", judged("C08").sentence)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(planted, rel=0.05)
     runs = [run for run in played("C08") if run.spec.alpha != rate_over_ranks.proportional(CPU).alpha]
     assert len(runs) < len(played("C08"))
     found = rate_over_ranks.verdict(runs, "cpu")
@@ -472,30 +492,36 @@ def lowest(runs: Sequence[RunRecord], rank: int, seed: int) -> dict[int, float]:
 
 
 def changes(runs: Sequence[RunRecord], rank: int) -> list[float]:
-    """By seed: nats at the end less those at the first evaluation from which a rank is behind the highest one."""
+    """By seed: nats at the end less those at the first evaluation from which a rank is behind the highest one; none of
+    a seed in which that is the last evaluation."""
     found = []
     for seed in lab.SEEDS:
         path, most = lowest(runs, rank, seed), lowest(runs, CPU.ranks[-1], seed)
-        near = [step for step in path if path[step] - most[step] <= departure.LEFT]
-        found.append(path[CPU.steps] - min(path[step] for step in path if step > max(near, default=0)))
+        near = max((step for step in path if path[step] - most[step] <= departure.LEFT), default=0)
+        behind = [loss for step, loss in path.items() if step > near]
+        found += [behind[-1] - behind[0]] if len(behind) > 1 else []
     return found
 
 
 def test_the_p_of_departures_follows_their_word() -> None:
     """That of a slope above 0 where it holds or nothing is decided; of what failed where it fails, slope or stall."""
-    for law, word in ((PAPER, HOLDS), (UNCLEAR["C10"]["noise"], UNDECIDED), (CONTRARY["C10"]["high ranks leave first"], FAILS)):
+    together, first = UNCLEAR["C10"]["all leave together"], CONTRARY["C10"]["high ranks leave first"]
+    for law, word in ((PAPER, HOLDS), (together, UNDECIDED), (first, FAILS)):
         found = judged("C10", law)
         assert found.effect is not None
         t = found.effect.value / ((found.effect.high - found.effect.value) / 4.302652729911275)  # 97.5 % of 2 degrees
         above = (1 - t / math.sqrt(t * t + 2)) / 2
-        assert (found.status, found.p) == (word, pytest.approx(1 - above if word == FAILS else above))
+        assert found.status == word
+        assert found.p == pytest.approx(1 - above if word == FAILS else above)
     stalls = replace(CONTRARY["C10"]["no better after leaving"], noise=0.002)
     found, runs = judged("C10", stalls), played("C10", stalls)
-    ranks = CPU.ranks[:-1]
-    worse = min(len(ranks) * p_above(changes(runs, rank)) for rank in ranks)
+    stalled = [change for rank in CPU.ranks[:-1] if len(change := changes(runs, rank)) == len(lab.SEEDS)]
+    assert len(stalled) > 1
+    worse = min(len(stalled) * p_above(change) for change in stalled)
     assert found.effect is not None
     assert found.effect.low > 0  # the slope is as claimed
-    assert (found.status, found.p) == (FAILS, pytest.approx(worse))
+    assert found.status == FAILS
+    assert found.p == pytest.approx(worse)
 
 
 @pytest.mark.parametrize("size", lab.SIZES.values(), ids=lab.SIZES)
@@ -510,7 +536,6 @@ def test_ranks_that_never_follow_fail() -> None:
     assert (found.status, found.effect, found.p) == (FAILS, None, None)
     assert "ranks 1, 4, 16 have left by the first evaluation" in found.sentence
     one = judged("C10", other(leaves=0.01))
-    assert "rank 1 at 5, 5, 5 (by seed)" not in one.sentence
     assert "rank 1 at 5, 5, 5, rank 4" in one.sentence
     assert one.status == HOLDS
     last = lab.SEEDS[-1]
@@ -524,8 +549,8 @@ def test_ranks_that_never_follow_fail() -> None:
 def test_a_batch_that_costs_less_than_the_margin_is_no_control() -> None:
     """However sure it is that full fine-tuning pays something for it."""
     law = BLIND["C16"]["a large batch costs next to nothing"]
-    runs, module = played("C16", law), CLAIMS["C16"]
-    small, large = (shared.tuned_losses(runs, module.at_batch(CPU, shared.full(CPU), f)) for f in (1, module.FACTORS[-1]))
+    at = [batch_penalty.at_batch(CPU, shared.full(CPU), factor) for factor in batch_penalty.FACTORS]
+    small, large = (shared.tuned_losses(played("C16", law), design) for design in (at[0], at[-1]))
     assert p_above([b - a for a, b in zip(small, large, strict=True)]) < 0.01
     assert "not found" in judged("C16", law).control
 
@@ -541,8 +566,10 @@ def test_enough_is_the_first_crossing_or_a_bound() -> None:
     """Between two adapters by the logarithm of their size; the smallest or the largest where that says one side only."""
     half = reward_bits.HALF
     assert reward_bits.enough([(10, half), (100, 0.9)]) == (10.0, "above")
-    assert reward_bits.enough([(10, 0.1), (100, half)]) == (pytest.approx(100), "")
-    assert reward_bits.enough([(10, 0.1), (100, 0.4), (10000, 0.6), (20000, 0.3)]) == (pytest.approx(1000), "")
+    for found, size in (([(10, 0.1), (100, half)], 100), ([(10, 0.1), (100, 0.4), (10000, 0.6), (20000, 0.3)], 1000)):
+        needed, bound = reward_bits.enough(found)
+        assert needed == pytest.approx(size)
+        assert bound == ""
     assert reward_bits.enough([(10, 0.1), (100, 0.4)]) == (100.0, "below")
 
 
@@ -552,7 +579,7 @@ SHORT = other(lora_behind=0.7, tiny_rewards=-3.0, rank_one_rewards=1.6)
 
 def test_a_bound_can_hold_and_not_fail() -> None:
     """A ratio of at least so much is above ten or says nothing: it has no upper end, and is never below ten."""
-    for law in (PAPER, other(lora_behind=0.7), other(lora_behind=0.7, tiny_rewards=0.3)):
+    for law in (PAPER, other(lora_behind=0.7, tiny_rewards=0.3)):
         found = judged("C18", law)
         assert (found.status, "takes at least" in found.sentence) == (HOLDS, True)
         assert found.effect is not None
@@ -661,12 +688,12 @@ def test_seeds_are_paired(name: str, size: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [d for d in DESIGNS if d[0] in TUNED or d[0] == "C19"])
 def test_methods_have_grids_of_their_own(name: str, size: str) -> None:
-    """Five rates or more, neighbours a step apart, of rewards and tiny adapters a factor of 2; no rate of full
+    """Five rates or more, neighbours a step apart, of the smallest adapters a factor of 2; no rate of full
     fine-tuning is imposed on LoRA."""
     grids = {arm: sorted({s.lr for s in specs}) for arm, specs in arms(name, size).items() if len(specs) > 9}
     assert grids
     for arm, rates in grids.items():
-        apart = 2.0 if arm.objective == "rl" or smallest(arm) else lab.STEP
+        apart = 2.0 if smallest(arm) else lab.STEP
         assert len(rates) >= 5
         assert all(b / a == pytest.approx(apart, rel=0.03) for a, b in itertools.pairwise(rates))
     for full, one in grids.items():
@@ -740,17 +767,26 @@ def test_two_bases_of_one_name_are_refused() -> None:
     wide = record(replace(ARM, lr=1e-3, base=CPU.wide), PLACE)
     assert lab.of_arm([ours, wide], ARM) == [ours]
     assert lab.of_arm([theirs, wide], ARM) == [theirs]
-    with pytest.raises(BadInput, match="2 bases called qwen3-1m"):
+    with pytest.raises(BadInput, match="two bases called qwen3-1m"):
         lab.of_arm([ours, theirs], ARM)
+
+
+def test_one_base_with_two_weights_is_refused() -> None:
+    """What made them is the same, what came out is not; a run that says nothing of its weights is of either."""
+    here, there = (but(run(rate), FINISHED, base={"weights": word}) for rate, word in ((1e-3, "a"), (2e-3, "b")))
+    silent, again = run(4e-3), but(run(8e-3), FINISHED, base={"weights": "a"})
+    assert lab.of_arm([here, silent, again], ARM) == [here, silent, again]
+    with pytest.raises(BadInput, match="two bases called qwen3-1m"):
+        lab.of_arm([here, silent, there], ARM)
 
 
 def test_an_arm_is_all_but_rate_seed_and_device() -> None:
     """Reruns of a seed, another batch, task, alpha or start are other arms."""
-    assert lab.is_of(run(1e-3), ARM)
-    assert lab.is_of(run(2e-3, seed=lab.SEEDS[1]), ARM)
+    assert is_of(run(1e-3), ARM)
+    assert is_of(run(2e-3, seed=lab.SEEDS[1]), ARM)
     on_gpu = run(1e-3)
     on_gpu.spec = replace(on_gpu.spec, device="cuda")
-    assert lab.is_of(on_gpu, ARM)
+    assert is_of(on_gpu, ARM)
     assert lab.as_design(on_gpu.spec) == replace(ARM, lr=1e-3, seed=lab.SEEDS[0])
     changes: list[dict[str, Any]] = [
         {"repeat": 1}, {"micro_batch": 2, "accumulation": 2}, {"rank": 4}, {"alpha": 2.0}, {"init": "random"},
@@ -758,8 +794,8 @@ def test_an_arm_is_all_but_rate_seed_and_device() -> None:
         {"steps": 100}, {"method": "lora-fa"},
     ]  # fmt: skip
     for words in changes:
-        assert not lab.is_of(run(1e-3, **words), ARM), words
-        assert lab.is_of(run(1e-3, **words), replace(ARM, **words)), words
+        assert not is_of(run(1e-3, **words), ARM), words
+        assert is_of(run(1e-3, **words), replace(ARM, **words)), words
 
 
 def test_points_know_how_far_a_run_came() -> None:
@@ -819,16 +855,18 @@ def test_a_parabola_without_a_lowest_point_takes_all_neighbours() -> None:
     """Least squares over five rates, in steps of the grid: a = sum((x^2 - 2) y) / 14, b = sum(x y) / 10."""
     above = {-2: 0.7, -1: 0.001, 0: 0.0, 1: 0.2, 2: 0.2}  # without the first the parabola is lowest far beyond them
     runs = [with_losses(2e-3 * lab.STEP**x, {0: 3.0, 200: 2.0 + y}) for x, y in above.items()]
-    assert above[-2] > lab.NEAR * 1.0 > above[2]
+    near = curves.best_rate(lab.points(runs, ARM, lab.SEEDS[0]), lab.NEAR * (3.0 - 2.0))
+    assert near is not None
+    assert not near.bracketed
     best = lab.optimum(runs, ARM, lab.SEEDS[0])
     a = sum((x * x - 2) * y for x, y in above.items()) / 14
     b = sum(x * y for x, y in above.items()) / 10
     assert best is not None
     assert best.bracketed
     assert best.log_rate == pytest.approx(math.log(2e-3) - b / (2 * a) * math.log(lab.STEP))
-    cap = {-2: 0.2, -1: 0.2, 0: 0.0, 1: 0.2, 2: 0.1}  # all of them are near, and lie on no U
-    assert sum((x * x - 2) * y for x, y in cap.items()) < 0 or True
-    runs = [with_losses(2e-3 * lab.STEP**x, {0: 3.0, 200: 2.0 + y}) for x, y in cap.items()]
+    hat = {-2: 0.05, -1: 0.2, 0: 0.0, 1: 0.2, 2: 0.05}  # a < 0: on all neighbours there is none either
+    runs = [with_losses(2e-3 * lab.STEP**x, {0: 3.0, 200: 2.0 + y}) for x, y in hat.items()]
+    assert "no parabola has its lowest point" in lab.why_not(runs, ARM, lab.SEEDS[:1])
 
 
 def test_the_start_is_nothing_where_none_began() -> None:
@@ -865,20 +903,24 @@ def test_rewards_extend_a_grid_upside_down() -> None:
 # ---------------------------------------------------------------- how sharp a best rate is
 
 
-def valley(factors: Sequence[float], curvature: float = 0.1, seed: int = lab.SEEDS[0], centre: float = 2e-3) -> list[RunRecord]:
+BEST = 2e-3
+
+
+def valley(factors: Sequence[float], curvature: float = 0.1, seed: int = lab.SEEDS[0]) -> list[RunRecord]:
     """Runs of one arm at these multiples of its best rate: loss = 2 + curvature ln(factor)^2."""
-    return [with_losses(centre * f, {0: 9.0, 200: 2.0 + curvature * math.log(f) ** 2}, seed=seed) for f in factors]
+    return [with_losses(BEST * f, {0: 9.0, 200: 2.0 + curvature * math.log(f) ** 2}, seed=seed) for f in factors]
 
 
-def sharp(runs: Sequence[RunRecord], margin: float, designs: Sequence[RunSpec] = (), seeds: int = 1) -> tuple[bool, str]:
-    return shared.sharp(runs, designs or [lab.arm(CPU, "lora", 16)], margin, lab.SEEDS[:seeds])
+def sharp(runs: Sequence[RunRecord], margin: float, seeds: int = 1) -> tuple[bool, str]:
+    return shared.sharp(runs, [ARM], margin, lab.SEEDS[:seeds])
 
 
 def test_the_nearest_rate_that_is_off_has_to_cost_the_margin() -> None:
     """Of those that are off by the factor or more, on the side where it costs less."""
     runs = valley((1 / 6, 1 / 3, 1 / 1.5, 1.0, 1.5, 2.5, 5.0))
     cost = 0.1 * math.log(2.5) ** 2
-    assert sharp(runs, 0.99 * cost) == (True, f"a rate off by 2 costs at least {cost:.3f} nats, margin {0.99 * cost:.3f}: found")
+    told = f"a rate off by 2 costs at least {cost:.3f} nats, margin {0.99 * cost:.3f}: found"
+    assert sharp(runs, 0.99 * cost) == (True, told)
     assert not sharp(runs, 1.01 * cost)[0]
     mirrored = valley((1 / 5, 1 / 2.5, 1 / 1.5, 1.0, 1.5, 3.0, 6.0))
     assert sharp(mirrored, 0.99 * cost)[0]
@@ -887,22 +929,19 @@ def test_the_nearest_rate_that_is_off_has_to_cost_the_margin() -> None:
 
 def test_every_arm_has_to_be_sharp() -> None:
     """The flattest decides, wherever it stands."""
-    one, factors = lab.arm(CPU, "lora", 16), (1 / 3, 1 / 1.5, 1.0, 1.5, 3.0)
+    four, factors = replace(ARM, rank=4), (1 / 3, 1 / 1.5, 1.0, 1.5, 3.0)
     flat = [replace(run, spec=replace(run.spec, rank=4)) for run in valley(factors, curvature=0.01)]
-    runs, four = [*valley(factors), *flat], replace(one, rank=4)
-    assert sharp(runs, 0.05, [one])[0]
-    assert not sharp(runs, 0.05, [four])[0]
-    assert not sharp(runs, 0.05, [one, four])[0]
-    assert not sharp(runs, 0.05, [four, one])[0]
+    for designs, seen in (([ARM], True), ([four], False), ([ARM, four], False), ([four, ARM], False)):
+        assert shared.sharp([*valley(factors), *flat], designs, 0.05, lab.SEEDS[:1])[0] is seen
 
 
 def test_a_rate_that_diverges_costs_enough() -> None:
     """In one seed as in all; it has no loss to be averaged."""
-    factors = (1 / 3, 1 / 1.5, 1.0, 1.5, 1.9)
+    factors, far = (1 / 3, 1 / 1.5, 1.0, 1.5, 1.9), 2.2
     for seeds in (lab.SEEDS[:1], lab.SEEDS[:2]):
         runs = [run for seed in lab.SEEDS[:2] for run in valley(factors, seed=seed)]
-        runs += [with_losses(2 * 2e-3, {0: 9.0}, DIVERGED, seed) for seed in seeds]
-        runs += [run for seed in set(lab.SEEDS[:2]) - set(seeds) for run in valley((2.0,), seed=seed)]
+        runs += [with_losses(far * BEST, {0: 9.0}, DIVERGED, seed) for seed in seeds]
+        runs += [run for seed in set(lab.SEEDS[:2]) - set(seeds) for run in valley((far,), seed=seed)]
         assert sharp(runs, 0.1, seeds=2)[0]
 
 
@@ -920,9 +959,9 @@ def test_without_a_rate_so_far_off_nothing_is_seen() -> None:
 def test_the_mean_over_seeds_is_sharp_or_not() -> None:
     """Around the mean best rate and against the mean best loss, not seed by seed."""
     first, second = lab.SEEDS[:2]
-    factors = (1 / 4, 1 / 2, 1 / 1.4, 1.0, 1.4, 2.0, 4.0)
+    factors = (1 / 4, 1 / 2.2, 1 / 1.4, 1.0, 1.4, 2.2, 4.0)
     runs = [*valley(factors, 0.1, first), *valley(factors, 0.3, second)]
-    cost = 0.2 * math.log(2) ** 2
+    cost = 0.2 * math.log(2.2) ** 2
     assert sharp(runs, 0.99 * cost, seeds=2)[0]
     assert not sharp(runs, 1.01 * cost, seeds=2)[0]
 
@@ -1167,12 +1206,12 @@ def test_a_page_has_every_run_and_always_the_same_bytes() -> None:
 def test_a_page_shows_what_has_no_p() -> None:
     """What was not run yet counts in the family; what failed without a test is not corrected and stays."""
     text = page.verification(study.entries([], "cpu", study.chosen(["C05", "C10"])), {})
-    assert text.count("**not run**") == 4
-    assert "after Holm" not in text
+    assert text.count("verdict: **not run**") == 2
+    assert "\n- p: " not in text
     events = events_of(played("C10", CONTRARY["C10"]["ranks leave at once"]))
-    text = page.verification(study.entries(events, "cpu", study.chosen(["C05", "C10"])), {})
+    text = page.verification(study.entries(events, "cpu", study.chosen(["C10"])), {})
     assert "**fails**: left rank 32" in text
-    assert "after Holm" not in text
+    assert "\n- p: " not in text
 
 
 def test_entries_say_what_they_are() -> None:

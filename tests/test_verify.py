@@ -64,6 +64,7 @@ def test_from_nothing_to_a_sharper_plan(tmp_path: Path) -> None:
     assert all(run.is_final for run in runs), "a grid may end where runs diverge, never in an unknown state"
     assert {key: losses for r in runs if (key := r.key) in before for losses in [r.measured["losses"]]} == before
     assert all(len(r.attempts) == 1 for r in runs if r.key in before), "a finished run was repeated"
+    assert len({run.measured["base"]["weights"] for run in runs if run.status == FINISHED}) == 1, "one base, one digest"
     status = {v["claim"]: v["status"] for v in document["result"]["verdicts"]}
     assert status["counts"] == "holds"
     assert status["both arms learn"] == "holds"

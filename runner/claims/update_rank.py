@@ -59,7 +59,8 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     if (missing := unready("C22", runs, [design])) is not None:
         return missing
     memorised = sorted(
-        (run for run in of_arm(runs, other) if run.final_loss is not None), key=lambda run: run.spec.seed
+        (r for r in of_arm(runs, other) if r.spec.seed in SEEDS and r.final_loss is not None),
+        key=lambda run: run.spec.seed,
     )
     if len(memorised) < len(SEEDS):
         return Verdict("C22", UNDECIDED, "a run of the facts is missing or diverged", n=n)
