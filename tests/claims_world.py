@@ -171,7 +171,7 @@ class Planet:
         off = math.log(spec.lr) - self.log_best(spec, step)
         curvature = law.full_curvature if spec.method == "full" else law.lora_curvature
         curvature *= math.exp(law.curvature_noise * gauss("curvature", arm_of(spec), spec.seed))
-        curvature *= law.short_curvature ** min(1.0, self.earlier(step))
+        curvature *= math.pow(law.short_curvature, min(1.0, self.earlier(step)))
         return law.start - whole + behind + curvature * off**2 + noise
 
     def reward(self, spec: RunSpec, step: int) -> float:
