@@ -63,3 +63,11 @@ def test_the_scoreboard_needs_the_records_alone() -> None:
     """The same runs in another order give the same page."""
     runs = read_runs(RUNS / "verify-cpu.jsonl")
     assert scoreboard(scores(runs), runs) == scoreboard(scores(runs[::-1]), runs[::-1])
+
+
+def test_the_verdicts_are_those_of_the_records(tmp_path: Path) -> None:
+    """From the claims that need runs on: arithmetic is done again here, and its last digits are the processor's."""
+    first = '<a id="c05-cpu">'
+    page = rendered(tmp_path, "reports/runs/cpu.jsonl", "--claims").partition(first)[2]
+    assert page == (ROOT / "reports/verification.md").read_text().partition(first)[2]
+    assert page.count("<details>") == page.count("</details>") > 0
