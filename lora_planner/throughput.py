@@ -128,7 +128,7 @@ def stack(name: str, gpu: Gpu) -> Stack:
 def elementwise_bytes(
     *, tokens: float, layers: int, hidden: int, attention: int, kv: int, intermediate: int, vocab: int,
     adapted_in: int = 0, adapted_out: int = 0, eager_scores: float = 0, residual_bytes: int = 2,
-    passes: int = FORWARD + BACKWARD, element_bytes: int = 2,
+    passes: float = FORWARD + BACKWARD, element_bytes: int = 2,
 ) -> float:  # fmt: skip
     """Bytes that norms, rotary embedding, activation, residuals, adapters and the loss move.
 
