@@ -414,18 +414,15 @@ def _verify_claims(names: tuple[str, ...], listing: bool, size: str | None, out:
     from runner.claims.lab import Lab
 
     claims = study.chosen(names or ["all"])
-    if listing:
-        chosen = size or "cpu"
-        entries = study.entries(read_events(out / "runs.jsonl")[0], chosen, claims)
-        code = 0
-    else:
+    chosen = size or "cpu"
+    if not listing:
         place = Lab.here(out, facts.home(), size)
         chosen = place.size_name
         study.execute(place, claims)
-        family = study.family(chosen, claims)  # what is judged together, whichever of it was asked for
-        judged = corrected(study.entries(read_events(out / "runs.jsonl")[0], chosen, family))
-        entries = [entry for entry in judged if entry.id in dict(claims)]
-        code = exit_code(entry.verdict for entry in entries)
+    family = study.family(chosen, claims)  # what is judged together, whichever of it was asked for
+    judged = corrected(study.entries(read_events(out / "runs.jsonl")[0], chosen, family))
+    entries = [entry for entry in judged if entry.id in dict(claims)]
+    code = 0 if listing else exit_code(entry.verdict for entry in entries)
     if as_json:
         document = {"size": chosen, "claims": [study.plain_entry(entry) for entry in entries]}
         click.echo(render.to_json(render.envelope(render.plain(document), exit_code=code)))

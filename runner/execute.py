@@ -165,9 +165,9 @@ def _execute(
         module, notes = base.load(source, spec, device)
         module = adapt.attach(module, plan_model, spec.plan_method(), spec.seed)
     task = _task(spec, place, source, plan_model)
-    if spec.objective == KERNEL:
-        return Outcome(FINISHED, _kernel(spec, module, task, device, source))
     objective = _objective(spec, module, task, device, source)
+    if spec.objective == KERNEL:
+        return Outcome(FINISHED, _kernel(spec, module, task, objective, source))
     optimizer = optimizer_for(module, spec)
     watch = Watch(spec, place.checkpoints(spec), module, peaks, report, stop)
     progress = watch.restore(optimizer)
@@ -252,10 +252,9 @@ def _objective(spec: RunSpec, module: Any, task: tasks.Task, device: torch.devic
     return Supervised(spec, module, task, device, (words.pad_token_id if words else 0) or 0)
 
 
-def _kernel(spec: RunSpec, module: Any, task: tasks.Task, device: torch.device, source: base.Base) -> Json:
+def _kernel(spec: RunSpec, module: Any, task: tasks.Task, objective: Objective, source: base.Base) -> Json:
     """The empirical NTK of what this spec would train, on the first `steps` samples of its order."""
-    words = base.tokenizer(source)
-    objective = Supervised(spec, module, task, device, (words.pad_token_id if words else 0) or 0)
+    assert isinstance(objective, Supervised)
     found = kernel.placement_kernel(objective, module, spec.steps)
     trainable = sum(p.numel() for p in adapt.trained(module).values())
     return {"trainable": trainable, "kernel": found.tolist(), "task": task.facts, "base": source.summary()}

@@ -66,7 +66,8 @@ def entries(events: Sequence[Json], size: str, claims: Sequence[tuple[str, Modul
     for key, module in claims:
         verdict: Verdict = module.verdict(runs, size)
         mine = used(module, lab.SIZES[size], runs)
-        if module.specs(lab.SIZES[size], []):
+        begin = module.specs(lab.SIZES[size], [])
+        if begin:
             digest, sentence = registry.standing(events, key, module, size, mine)
         else:
             digest, sentence = "", "arithmetic: nothing to register"
@@ -75,7 +76,7 @@ def entries(events: Sequence[Json], size: str, claims: Sequence[tuple[str, Modul
             id=key, title=title, sentence=module.SENTENCE, source=module.SOURCE, published=module.PUBLISHED,
             metric=module.METRIC, rule=module.RULE, traps=tuple((n, TRAPS[n]) for n in module.TRAPS), size=size,
             verdict=verdict, registered=digest, registration=sentence, runs=tuple(summary(run) for run in mine),
-            asked=len(module.specs(lab.SIZES[size], [])),
+            asked=len(begin),
             command=f"lora-plan verify {key} --size {size}",
             picture=f"figures/{key.lower()}-{size}.svg" if verdict.plot and verdict.plot.series else "",
             cost_s=sum(run.measured.get("wall_s") or 0.0 for run in mine),
