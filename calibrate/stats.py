@@ -7,9 +7,8 @@ are compared as they are (p is 0 or 1), not divided by zero. A value that is not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -146,30 +145,6 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, floa
     return y0 - slope * x0, slope, se, 1 - sse / syy if syy else math.nan
 
 
-def slope(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Estimate:
-    """Least squares slope with Student's interval on n - 2 degrees of freedom; infinite for two points.
-
-    The points must be independent of each other: for several points of each of several seeds see `slope_by_group`.
-
-    >>> slope([0, 1, 2, 3], [0, 1, 2, 3]).value
-    1.0
-    """
-    _, value, se, _ = fit_line(x, y)
-    half = _half(se, len(x) - 2, level)
-    source = f"least squares slope of {len(x)}, {100 * level:g} % t interval"
-    return Estimate(value - half, value, value + half, "", FITTED, source)
-
-
-def slope_p_positive(x: Sequence[float], y: Sequence[float]) -> float:
-    """One-sided p that the least squares slope is positive; 1 for two points, which no line can miss.
-
-    >>> round(slope_p_positive([0, 1, 2, 3], [0, 1, 1, 3]), 4)
-    0.0383
-    """
-    _, value, se, _ = fit_line(x, y)
-    return _p_above(value, se, len(x) - 2)
-
-
 def slope_by_group(groups: Sequence[tuple[Sequence[float], Sequence[float]]], level: float = 0.95) -> Estimate:
     """Mean of the seeds' own slopes, with the interval between seeds. `groups`: (x, y) of each seed.
 
@@ -209,27 +184,3 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     a, b = (rankdata(_finite(v)) - (len(v) + 1) / 2 for v in (x, y))
     scale = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / scale if scale else math.nan
-
-
-def bootstrap(values_by_seed: Sequence[Any], statistic: Callable[[list[Any]], float | None], n: int = 2000,
-              seed: int = 0, level: float = 0.95) -> Estimate:  # fmt: skip
-    """A statistic of all seeds with the percentile interval over resampled seeds (Efron and Tibshirani 1993, ch. 13).
-
-    `values_by_seed` has one item a seed, of whatever form `statistic` takes a list of. A resample on which the
-    statistic does not exist (None or nan) lies beyond both ends. One seed has an infinite interval. Few seeds have
-    few resamples (3 seeds: 10), which makes this too narrow: for a mean use `mean_interval`.
-
-    >>> e = bootstrap([1.0, 2.0, 3.0, 4.0], lambda some: sum(some) / len(some))
-    >>> e.value, 1 < e.low < e.value < e.high < 4
-    (2.5, True)
-    """
-    items = list(values_by_seed)
-    value, low, high = statistic(items), -math.inf, math.inf
-    if len(items) > 1:
-        drawn = np.random.default_rng(seed).integers(len(items), size=(n, len(items)))
-        found = np.array([statistic([items[i] for i in row]) for row in drawn], dtype=float)  # None becomes nan
-        missing, tail = np.isnan(found), (1 - level) / 2
-        low = float(np.quantile(np.where(missing, -math.inf, found), tail, method="lower"))
-        high = float(np.quantile(np.where(missing, math.inf, found), 1 - tail, method="higher"))
-    source = f"{n} resamples of {len(items)} seeds, {100 * level:g} % percentile interval"
-    return Estimate(low, math.nan if value is None else value, high, "", FITTED, source)

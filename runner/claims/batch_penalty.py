@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from calibrate.stats import equivalence, mean_interval, one_sided, slope_by_group
 from lora_planner.record import FAILS, HOLDS, NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
-from runner.claims.lab import SIZES, Size, grid
+from runner.claims.lab import FEW, SIZES, Size, grid
 from runner.claims.shared import LWR, count, full, lora, margin_nats, tuned_losses, unready
 
 FACTORS = (1, 2, 5)  # of the micro-batch of the shared sweep; the same windows in all, so fewer steps
@@ -41,7 +41,7 @@ def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     for factor in FACTORS:
         up = math.sqrt(factor)
         for design, rates in ((full(size), size.full_rates), *((lora(size, rank), size.lora_rates) for rank in RANKS)):
-            found += grid(runs, at_batch(size, design, factor), [float(f"{rate * up:.3g}") for rate in rates])
+            found += grid(runs, at_batch(size, design, factor), [float(f"{rate * up:.3g}") for rate in rates], FEW)
     return found
 
 
@@ -50,20 +50,20 @@ def gaps(runs: Sequence[RunRecord], size: Size, rank: int, step: int | None = No
     rows = []
     for factor in FACTORS:
         pair = [at_batch(size, d, factor) for d in (lora(size, rank), full(size))]
-        if unready("C16", runs, pair, step=step) is not None:
+        if unready("C16", runs, pair, FEW, step) is not None:
             return None
-        rows.append([a - b for a, b in zip(*(tuned_losses(runs, d, step=step) for d in pair), strict=True)])
+        rows.append([a - b for a, b in zip(*(tuned_losses(runs, d, FEW, step) for d in pair), strict=True)])
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s = SIZES[size]
     designs = [at_batch(s, d, f) for f in FACTORS for d in (full(s), *(lora(s, rank) for rank in RANKS))]
-    n = count(runs, designs[3:])
+    n = count(runs, designs[3:], FEW)
     if not n:
         return Verdict("C16", NOT_RUN, "no run of it in these records")
     for design in designs:
-        if (missing := unready("C16", runs, [design])) is not None:
+        if (missing := unready("C16", runs, [design], FEW)) is not None:
             return at_this_batch(missing, design, n)
     x = [math.log2(s.micro_batch * factor) for factor in FACTORS]
     found = {rank: gaps(runs, s, rank) or [] for rank in RANKS}
@@ -72,7 +72,7 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     effect = mean_interval(mean, unit=UNIT)
     above, below = one_sided(mean), one_sided(mean, greater=False)
     margin = margin_nats(runs, s)
-    reference = [tuned_losses(runs, at_batch(s, full(s), factor)) for factor in FACTORS]
+    reference = [tuned_losses(runs, at_batch(s, full(s), factor), FEW) for factor in FACTORS]
     worse = one_sided([b - a for a, b in zip(reference[0], reference[-1], strict=True)], margin)
     seen = worse < 0.05
     unlike = [b - a for a, b in zip(*slopes.values(), strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from calibrate.stats import equivalence, mean_interval, one_sided
 from lora_planner.record import FAILS, HOLDS, UNDECIDED, RunRecord, RunSpec, Verdict
-from runner.claims.lab import SIZES, Size, arm, grid, start
+from runner.claims.lab import FEW, SIZES, Size, arm, grid, start
 from runner.claims.shared import LWR, MARGIN, count, tuned_losses, u_curves, unready
 
 RANK, ACTIVE = 16, 2
@@ -36,16 +36,16 @@ def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     return [
         spec
         for name, design in arms(size).items()
-        for spec in grid(runs, design, size.full_rates if name == "full" else size.lora_rates)
+        for spec in grid(runs, design, size.full_rates if name == "full" else size.lora_rates, FEW)
     ]
 
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s = SIZES[size]
     found = arms(s)
-    if (missing := unready("MOE", runs, list(found.values()))) is not None:
+    if (missing := unready("MOE", runs, list(found.values()), FEW)) is not None:
         return missing
-    losses = {name: tuned_losses(runs, design) for name, design in found.items()}
+    losses = {name: tuned_losses(runs, design, FEW) for name, design in found.items()}
     margin = MARGIN * mean_interval(losses["full"]).value
     behind = [a - b for a, b in zip(losses["experts"], losses["full"], strict=True)]
     without = [a - b for a, b in zip(losses["attention"], losses["experts"], strict=True)]
@@ -56,6 +56,6 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     begin = start(runs, found["full"])
     listed = ", ".join(f"{name} {mean_interval(row).value:.3f}" for name, row in losses.items())
     return Verdict("MOE", status, f"from {begin:.3f} to {listed} nats, margin {margin:.3f}", effect,
-                   count(runs, list(found.values())), p=min(test.p, worse),
+                   count(runs, list(found.values()), FEW), p=min(test.p, worse),
                    control=f"attention alone is {mean_interval(without).value:+.3f} behind: {'found' if seen else 'not found'}",
-                   plot=u_curves(runs, list(found.values()), title="loss by learning rate, mixture of experts"))  # fmt: skip
+                   plot=u_curves(runs, list(found.values()), FEW, title="loss by learning rate, mixture of experts"))  # fmt: skip

@@ -12,7 +12,7 @@ from calibrate.stats import mean_interval, spearman
 from lora_planner.ledger import FITTED, Estimate
 from lora_planner.record import FAILS, FINISHED, HOLDS, NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
 from runner.claims import placement
-from runner.claims.lab import SEEDS, SIZES, Size, grid, of_arm
+from runner.claims.lab import FEW, SIZES, Size, grid, of_arm
 from runner.claims.shared import LWR, count, full, tuned_losses, unready
 
 SAMPLES = 48
@@ -41,8 +41,8 @@ def design(arm: RunSpec) -> RunSpec:
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     name = next(key for key, value in SIZES.items() if value == size)
-    kernels = [replace(design(arm), seed=seed) for arm in (full(size), *arms(name).values()) for seed in SEEDS]
-    return [*kernels, *(spec for arm in arms(name).values() for spec in grid(runs, arm, size.lora_rates))]
+    kernels = [replace(design(arm), seed=seed) for arm in (full(size), *arms(name).values()) for seed in FEW]
+    return [*kernels, *(spec for arm in arms(name).values() for spec in grid(runs, arm, size.lora_rates, FEW))]
 
 
 def alignment(one: np.ndarray, other: np.ndarray) -> float:
@@ -69,20 +69,20 @@ def matrix(runs: Sequence[RunRecord], arm: RunSpec, seed: int) -> np.ndarray | N
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s, placed = SIZES[size], arms(size)
-    n = count(runs, [design(arm) for arm in (full(s), *placed.values())])
+    n = count(runs, [design(arm) for arm in (full(s), *placed.values())], FEW)
     if not n:
         return Verdict("C23", NOT_RUN, "no run of it in these records")
-    if (missing := unready("C23", runs, list(placed.values()))) is not None:
+    if (missing := unready("C23", runs, list(placed.values()), FEW)) is not None:
         return missing
     near: dict[str, list[float]] = {target: [] for target in placed}
-    for seed in SEEDS:
+    for seed in FEW:
         whole = matrix(runs, full(s), seed)
         for target, arm in placed.items():
             part = matrix(runs, arm, seed)
             if whole is None or part is None:
                 return Verdict("C23", UNDECIDED, f"the kernel of {target}, seed {seed}, is missing", n=n)
             near[target].append(alignment(part, whole))
-    losses = {target: tuned_losses(runs, arm) for target, arm in placed.items()}
+    losses = {target: tuned_losses(runs, arm, FEW) for target, arm in placed.items()}
     x = [mean_interval(near[t]).value for t in placed]
     y = [-mean_interval(losses[t]).value for t in placed]
     order = spearman(x, y)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from calibrate.stats import equivalence, mean_interval, one_sided
 from lora_planner.record import FAILS, HOLDS, UNDECIDED, RunRecord, RunSpec, Verdict
-from runner.claims.lab import SEEDS, SIZES, Size, of_arm
+from runner.claims.lab import FEW, SEEDS, SIZES, Size, of_arm
 from runner.claims.shared import (
     LWR,
     best_run,
@@ -41,7 +41,7 @@ def controls(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     plain = replace(lora(size, size.ranks[-2]), lr=size.lora_rates[2])
     kinds = (replace(plain, init="random"), replace(plain, method="lora-fa"),
              replace(plain, task_args=(("shuffled", True),)))  # fmt: skip
-    return [replace(kind, seed=seed) for kind in kinds for seed in SEEDS]
+    return [replace(kind, seed=seed) for kind in kinds for seed in FEW]
 
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
@@ -81,14 +81,15 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
 
 def described(runs: Sequence[RunRecord], size: Size, reference: RunSpec) -> list[str]:
     """What each negative control came to, beside the same adapter without it."""
+
+    def losses(design: RunSpec) -> list[float]:
+        mine = (run for run in of_arm(runs, design) if run.spec.lr == kind.lr and run.spec.seed in FEW)
+        return [run.final_loss for run in mine if run.final_loss is not None]
+
     found = []
-    for kind, word in zip(
-        controls(size, runs)[:: len(SEEDS)], ("random base", "A frozen", "shuffled text"), strict=True
-    ):
-        losses = [run.final_loss for run in of_arm(runs, replace(kind, seed=0)) if run.spec.lr == kind.lr]
-        known = [loss for loss in losses if loss is not None]
-        plain = [run.final_loss for run in of_arm(runs, reference) if run.spec.lr == kind.lr and run.final_loss]
+    words = ("random base", "A frozen", "shuffled text")
+    for kind, word in zip(controls(size, runs)[:: len(FEW)], words, strict=True):
+        known, plain = losses(kind), losses(reference)
         if known and plain:
-            ordinary = mean_interval([loss for loss in plain if loss is not None]).value
-            found.append(f"{word} {mean_interval(known).value:.3f} instead of {ordinary:.3f}")
+            found.append(f"{word} {mean_interval(known).value:.3f} instead of {mean_interval(plain).value:.3f}")
     return found or ["negative controls not run"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from calibrate.stats import mean_interval, one_sided, slope_by_group
 from lora_planner.record import FAILS, HOLDS, NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
-from runner.claims.lab import SEEDS, SIZES, Size, arm, loss_at, of_arm, points
+from runner.claims.lab import FEW, SIZES, Size, arm, loss_at, of_arm, points
 from runner.claims.shared import count
 
 RANKS = (1, 2, 4)
@@ -40,7 +40,7 @@ def design(size: Size, rank: int, init: str = "pretrained") -> RunSpec:
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     arms = [*(design(size, rank) for rank in RANKS), design(size, 2, "random")]
-    return [replace(one, lr=rate, seed=seed) for one in arms for rate in RATES for seed in SEEDS]
+    return [replace(one, lr=rate, seed=seed) for one in arms for rate in RATES for seed in FEW]
 
 
 def bits(run: RunRecord, step: int | None) -> float | None:
@@ -67,23 +67,21 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s = SIZES[size]
     arms = {rank: design(s, rank) for rank in RANKS}
     control = design(s, 2, "random")
-    n = count(runs, [*arms.values(), control])
+    n = count(runs, [*arms.values(), control], FEW)
     if not n:
         return Verdict("C11", NOT_RUN, "no run of it in these records")
-    found = {rank: [best(runs, one, seed) for seed in SEEDS] for rank, one in arms.items()}
+    found = {rank: [best(runs, one, seed) for seed in FEW] for rank, one in arms.items()}
     known = {rank: [run for run in row if run] for rank, row in found.items()}
-    if any(len(row) < len(SEEDS) for row in known.values()):
+    if any(len(row) < len(FEW) for row in known.values()):
         return Verdict("C11", UNDECIDED, "a run is missing or diverged", n=n)
     per = {rank: [density(run) for run in row] for rank, row in known.items()}
     effect = mean_interval(per[RANKS[-1]], unit=UNIT)
     half = arms[RANKS[-1]].steps // 2
     grown = mean_interval([density(run) / max(density(run, half), 1e-9) - 1 for run in known[RANKS[-1]]])
     x = [math.log(rank) for rank in RANKS]
-    power = slope_by_group(
-        [(x, [math.log(max(per[rank][i] * rank, 1e-9)) for rank in RANKS]) for i in range(len(SEEDS))]
-    )
-    floor = [density(run) for seed in SEEDS if (run := best(runs, control, seed))]
-    seen = len(floor) == len(SEEDS) and one_sided([a - b for a, b in zip(per[2], floor, strict=True)]) < 0.05
+    power = slope_by_group([(x, [math.log(max(per[rank][i] * rank, 1e-9)) for rank in RANKS]) for i in range(len(FEW))])
+    floor = [density(run) for seed in FEW if (run := best(runs, control, seed))]
+    seen = len(floor) == len(FEW) and one_sided([a - b for a, b in zip(per[2], floor, strict=True)]) < 0.05
     low, high = ACCEPTED
     status = (
         HOLDS

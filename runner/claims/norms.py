@@ -45,7 +45,8 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     logs = [exceeded(run) for run in best]
     effect = replace(ratio_interval(logs), unit=UNIT)
     above, below = one_sided(logs), one_sided(logs, greater=False)
-    lowest = [run for run in of_arm(runs, design) if run.spec.lr == s.lora_rates[0] and run.measured.get("norms")]
+    slowest = (run for run in of_arm(runs, design) if (run.spec.lr, run.spec.seed in SEEDS) == (s.lora_rates[0], True))
+    lowest = [run for run in slowest if run.measured.get("norms")]
     slow = ratio_interval([exceeded(run) for run in lowest]).value if lowest else math.inf
     seen = slow < effect.value
     status = UNDECIDED if not seen else HOLDS if above < 0.05 else FAILS if below < 0.05 else UNDECIDED

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from calibrate.stats import equivalence, mean_interval, one_sided
 from lora_planner.record import FAILS, HOLDS, UNDECIDED, RunRecord, RunSpec, Verdict
-from runner.claims.lab import SEEDS, SIZES, Size, arm, grid, start
+from runner.claims.lab import FEW, SIZES, Size, arm, grid, start
 from runner.claims.shared import LWR, MARGIN, best_run, count, tuned_losses, u_curves, unready
 
 #: ranks with as many parameters to 2 %, on these bases (hidden h, MLP 3 h, half as many key and value heads)
@@ -31,14 +31,14 @@ def arms(size: str) -> dict[str, RunSpec]:
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     name = next(key for key, value in SIZES.items() if value == size)
-    return [spec for design in arms(name).values() for spec in grid(runs, design, size.lora_rates)]
+    return [spec for design in arms(name).values() for spec in grid(runs, design, size.lora_rates, FEW)]
 
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     designs = arms(size)
-    if (missing := unready("C13", runs, list(designs.values()))) is not None:
+    if (missing := unready("C13", runs, list(designs.values()), FEW)) is not None:
         return missing
-    losses = {target: tuned_losses(runs, design) for target, design in designs.items()}
+    losses = {target: tuned_losses(runs, design, FEW) for target, design in designs.items()}
     margin = MARGIN * mean_interval(losses["mlp"]).value
     worse = [a - b for a, b in zip(losses["attention"], losses["mlp"], strict=True)]
     whole = [a - b for a, b in zip(losses["all-linear"], losses["mlp"], strict=True)]
@@ -51,10 +51,10 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     word = (
         "the same" if test.equivalent else "better" if test.high < 0 else "worse" if test.low > 0 else "not told apart"
     )
-    counts = {target: best_run(runs, d, SEEDS[0]).measured["trainable"] for target, d in designs.items()}
+    counts = {target: best_run(runs, d, FEW[0]).measured["trainable"] for target, d in designs.items()}
     listed = ", ".join(f"{target} r{RANKS[size][target]} ({counts[target]:,}) {mean_interval(row).value:.3f}"
                        for target, row in losses.items())  # fmt: skip
     sentence = f"{listed} nats; all layers against MLP {test.mean:+.3f}: {word} at a margin of {margin:.3f}"
-    return Verdict("C13", status, sentence, effect, count(runs, list(designs.values())), p=min(above, below),
+    return Verdict("C13", status, sentence, effect, count(runs, list(designs.values()), FEW), p=min(above, below),
                    control=f"the least gain over the base is {gained:.3f}: {'found' if seen else 'not found'}",
-                   plot=u_curves(runs, list(designs.values()), title="loss by learning rate and placement"))  # fmt: skip
+                   plot=u_curves(runs, list(designs.values()), FEW, title="loss by learning rate and placement"))  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from calibrate.stats import mean_interval, one_sided, ratio_interval
 from lora_planner.record import FAILS, HOLDS, UNDECIDED, RunRecord, RunSpec, Verdict
-from runner.claims.lab import SEEDS, SIZES, Size, grid
+from runner.claims.lab import FEW, SEEDS, SIZES, Size, grid
 from runner.claims.shared import LWR, MARGIN, count, log_rates, lora, name, sharp, tuned_losses, u_curves, unready
 
 MOST = 2.0
@@ -31,7 +31,7 @@ def proportional(size: Size) -> RunSpec:
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     found = [spec for rank in size.ranks for spec in grid(runs, lora(size, rank), size.lora_rates)]
-    return found + grid(runs, proportional(size), [float(f"{rate * MOST:.3g}") for rate in size.lora_rates])
+    return found + grid(runs, proportional(size), [float(f"{rate * MOST:.3g}") for rate in size.lora_rates], FEW)
 
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
@@ -62,8 +62,8 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
 
 def contrast(runs: Sequence[RunRecord], size: Size, sixteen: Sequence[float]) -> str:
     """What the best rate does where alpha follows the rank, as many habits have it."""
-    if unready("C08", runs, [proportional(size)]) is not None:
+    if unready("C08", runs, [proportional(size)], FEW) is not None:
         return "with alpha = 2 r rank 1 has no bracketed optimum"
-    ratio = ratio_interval([a - b for a, b in zip(log_rates(runs, proportional(size)), sixteen, strict=True)])
+    ratio = ratio_interval([a - b for a, b in zip(log_rates(runs, proportional(size), FEW), sixteen, strict=False)])
     return (f"with alpha = 2 r rank 1's best rate is {ratio.value:.1f} [{ratio.low:.1f}, {ratio.high:.1f}] times "
             "rank 16's")  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from calibrate.stats import one_sided, ratio_interval, slope_by_group
 from lora_planner.record import FAILS, HOLDS, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
-from runner.claims.lab import SEEDS, SIZES, Size, grid, of_arm
+from runner.claims.lab import FEW, SEEDS, SIZES, Size, grid, of_arm
 from runner.claims.shared import LWR, count, full, log_rates, lora, margin_nats, sharp, unready
 
 ACCEPTED = (7.0, 14.0)
@@ -20,7 +20,7 @@ PUBLISHED = ("9.8 over 14 models, no trend with width; 10 and 20 (Biderman et al
 UNIT = "ratio"
 METRIC = f"fitted best rate of LoRA at rank {RANK} over that of full fine-tuning, main width, last step"
 RULE = ("Holds if the 95 % t interval over seeds lies inside 7 to 14; fails if it lies outside; else undecided. "
-        "Beside it the exponent of the width over three widths at one earlier step. "
+        "Beside it the exponent of the width over three widths at one earlier step, three seeds. "
         "Control: in both arms a rate off by a factor of 2 must cost more than 0.5 % of the loss.")  # fmt: skip
 TRAPS = (1, 2, 4, 5, 6, 7, 9, 11)
 
@@ -39,7 +39,7 @@ def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
     for base in (size.narrow, size.base, size.wide):
         steps = (None, size.compared_at) if base == size.base else (None,)
         for design, rates in zip(at_width(size, base), (size.full_rates, size.lora_rates), strict=True):
-            found += grid(runs, design, rates, steps=steps)
+            found += grid(runs, design, rates, SEEDS if base == size.base else FEW, steps)
     return found
 
 
@@ -80,9 +80,9 @@ def widths(runs: Sequence[RunRecord], size: Size) -> tuple[tuple[Series, ...], s
     for base in (size.narrow, size.base, size.wide):
         step = size.compared_at if base == size.base else None
         pair = at_width(size, base)
-        if unready("C07", runs, pair, step=step) is None:
+        if unready("C07", runs, pair, FEW, step) is None:
             hidden = int(of_arm(runs, pair[0])[0].config["hidden_size"])
-            one, other = (log_rates(runs, design, step=step) for design in (pair[1], pair[0]))
+            one, other = (log_rates(runs, design, FEW, step) for design in (pair[1], pair[0]))
             found[hidden] = [a - b for a, b in zip(one, other, strict=True)]
     if len(found) < 2:
         return (), f"fewer than two widths have both optima after {size.compared_at} steps"
@@ -93,7 +93,7 @@ def widths(runs: Sequence[RunRecord], size: Size) -> tuple[tuple[Series, ...], s
     text = f"after {size.compared_at} steps {listed}"
     if len(found) == 3:
         x = [math.log(hidden) for hidden in found]
-        groups = [(x, [logs[i] for logs in found.values()]) for i in range(len(SEEDS))]
+        groups = [(x, [logs[i] for logs in found.values()]) for i in range(len(FEW))]
         power = slope_by_group(groups)
         text += f", exponent of the width {power.value:+.2f} [{power.low:+.2f}, {power.high:+.2f}]"
     return (series,), text

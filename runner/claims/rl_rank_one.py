@@ -9,7 +9,6 @@ from lora_planner.record import FAILS, HOLDS, UNDECIDED, RunRecord, RunSpec, Ver
 from runner.claims.lab import SIZES, Size, arm, grid, start
 from runner.claims.shared import LWR, count, name, tuned_losses, u_curves, unready
 
-SEEDS = (3, 4, 5, 6, 7)
 MARGIN, LEAST_GAIN = 0.03, 0.15
 RANKS = (1, 16)
 FULL_RATES, LORA_RATES = (2e-4, 3.2e-4, 5e-4, 8e-4, 1.25e-3), (5e-4, 8e-4, 1.25e-3, 2e-3, 3.2e-3)
@@ -31,18 +30,18 @@ def design(size: Size, method: str = "full", rank: int = 0, **words: object) -> 
 
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
-    found = grid(runs, design(size), FULL_RATES, SEEDS, rewards=True)
+    found = grid(runs, design(size), FULL_RATES, rewards=True)
     for rank in RANKS:
-        found += grid(runs, design(size, "lora", rank), LORA_RATES, SEEDS, rewards=True)
+        found += grid(runs, design(size, "lora", rank), LORA_RATES, rewards=True)
     return found
 
 
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s = SIZES[size]
     designs = [design(s), *(design(s, "lora", rank) for rank in RANKS)]
-    if (missing := unready("C17", runs, designs, SEEDS)) is not None:
+    if (missing := unready("C17", runs, designs)) is not None:
         return missing
-    rewards = {name(d): tuned_losses(runs, d, SEEDS) for d in designs}
+    rewards = {name(d): tuned_losses(runs, d) for d in designs}
     begin = start(runs, designs[0])
     behind = [a - b for a, b in zip(rewards["lora r1"], rewards["full"], strict=True)]
     test, below = equivalence(behind, MARGIN), one_sided(behind, -MARGIN, greater=False)
@@ -53,4 +52,4 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     listed = ", ".join(f"{arm_name} {mean_interval(row).value:.3f}" for arm_name, row in rewards.items())
     return Verdict("C17", status, f"expected reward from {begin:.3f} to {listed}", effect, count(runs, designs),
                    p=min(test.p, below), control=f"full gains {gained:.3f}: {'found' if seen else 'not found'}",
-                   plot=u_curves(runs, designs, SEEDS, title="expected reward by learning rate", y_label="held-out expected reward"))  # fmt: skip
+                   plot=u_curves(runs, designs, title="expected reward by learning rate", y_label="held-out expected reward"))  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from calibrate.stats import mean_interval
 from lora_planner.record import NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
-from runner.claims.lab import SEEDS, SIZES, Size, arm, grid, mean_points, of_arm, optimum, points, start, why_not
+from runner.claims.lab import SEEDS, Size, arm, grid, mean_points, of_arm, optimum, points, start, why_not
 
 LWR = 'Schulman et al. 2025, "LoRA Without Regret", thinkingmachines.ai/blog/lora'
 #: two losses within this share of the reference's are the same for a user
@@ -40,12 +40,15 @@ def unready(claim: str, runs: Sequence[RunRecord], designs: Sequence[RunSpec], s
         return Verdict(claim, NOT_RUN, "no run of it in these records")
     for design in designs:
         if reason := why_not(runs, design, seeds, step):
-            return Verdict(claim, UNDECIDED, reason, n=count(runs, designs), plot=u_curves(runs, designs, seeds, step))
+            return Verdict(
+                claim, UNDECIDED, reason, n=count(runs, designs, seeds), plot=u_curves(runs, designs, seeds, step)
+            )
     return None
 
 
-def count(runs: Sequence[RunRecord], designs: Sequence[RunSpec]) -> int:
-    return sum(run.is_final for design in designs for run in of_arm(runs, design))
+def count(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seeds: Sequence[int] = SEEDS) -> int:
+    """Runs that ended, of the judged seeds."""
+    return sum(run.is_final and run.spec.seed in seeds for design in designs for run in of_arm(runs, design))
 
 
 def name(design: RunSpec) -> str:
@@ -83,23 +86,16 @@ def margin_nats(runs: Sequence[RunRecord], size: Size, seeds: Sequence[int] = SE
 
 def sharp(runs: Sequence[RunRecord], designs: Sequence[RunSpec], margin: float, seeds: Sequence[int] = SEEDS,
           step: int | None = None) -> tuple[bool, str]:  # fmt: skip
-    """A control for best rates: a rate off by a factor of OFF or more, on either side, must cost more than the margin in
-    every arm. Where it does not, the U is too flat to say where its lowest point lies."""
-    least = math.inf
-    for design in designs:
-        centre = math.exp(mean_interval(log_rates(runs, design, seeds, step)).value)
-        floor = mean_interval(tuned_losses(runs, design, seeds, step)).value
-        known = mean_points(runs, design, seeds, step)
-        for side in ([r for r in known if r <= centre / OFF], [r for r in known if r >= centre * OFF]):
-            nearest = min(side, key=lambda r: abs(math.log(r / centre)), default=None)
-            loss = None if nearest is None else known[nearest]
-            cost = -math.inf if nearest is None else math.inf if loss is None else loss - floor
-            least = min(least, cost)
-    seen = least > margin
-    told = (
-        "no rate so far off was run" if least == -math.inf else f"costs at least {least:.3f} nats, margin {margin:.3f}"
-    )
-    return seen, f"a rate off by {OFF:g} {told}: {'found' if seen else 'not found'}"
+    """A control for best rates: by the fitted parabolas a rate off by a factor of OFF costs more than the margin in every
+    arm, in the mean over seeds. Where it does not, the U is too flat to say where its lowest point lies.
+
+        cost = curvature ln(OFF)^2 / 2        [nats]
+    """
+    best = [[b for seed in seeds if (b := optimum(runs, design, seed, step))] for design in designs]
+    costs = [mean_interval([b.curvature * math.log(OFF) ** 2 / 2 for b in row]).value for row in best]
+    seen = min(costs) > margin
+    return seen, (f"a rate off by a factor of {OFF:g} costs at least {min(costs):.3f} nats, margin {margin:.3f}: "
+                  + ("found" if seen else "not found"))  # fmt: skip
 
 
 def u_curves(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seeds: Sequence[int] = SEEDS,
@@ -125,7 +121,3 @@ def curves_plot(runs: Sequence[RunRecord], designs: Sequence[RunSpec], seed: int
         path = held_out(best_run(runs, design, seed))[1:]
         series.append(Series(name(design), tuple(float(s) for s, _ in path), tuple(v for _, v in path)))
     return Plot(title or "held-out loss over steps", "step", "held-out nats per token", tuple(series), x_log=True)
-
-
-def size_of(name: str) -> Size:
-    return SIZES[name]

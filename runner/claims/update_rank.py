@@ -41,7 +41,7 @@ def median_rank(run: RunRecord) -> float:
 
 
 def instrument(hidden: int) -> tuple[float, float]:
-    """Effective ranks of B A with entries drawn evenly, of rank RANK and of rank 2: what the measure says of a high and
+    """Effective ranks of B A with normal entries, of rank RANK and of rank 2: what the measure says of a high and
     of a low rank at this width."""
     draw = np.random.default_rng(0)
     found = []
