@@ -376,6 +376,71 @@ def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -
         click.echo(page)
 
 
+@main.command()
+@click.option(
+    "--rows",
+    "tables",
+    multiple=True,
+    required=True,
+    metavar="FILE.csv",
+    help="Measurements, in the columns of a table in calibrate/tables; may be given again.",
+)
+@click.option("--cases", "to", metavar="FILE.csv", help="Write every prediction beside its measurement here.")
+@JSON
+def score(tables: tuple[str, ...], to: str | None, as_json: bool) -> None:  # fmt: skip
+    """How wrong the planner is on published measurements that you have.
+
+    \b
+    lora-plan score --rows measured.csv
+    """
+    track, board = _track()
+    cases = []
+    for name in tables:
+        rows = track.read(Path(name))
+        cases += track.kind_of(list(rows[0]), name).cases(rows)
+    if to:
+        _write_cases(to, [board.plain_case(case) for case in cases])
+    from lora_planner import render
+
+    if as_json:
+        result = {
+            quantity: {
+                "all": board.plain_summary(some),
+                "by_source": {name: board.plain_summary(s) for name, s in board.grouped(some, lambda c: c.source).items()},
+                "details": board.details(some),
+                "without_prediction": dict(board.reasons(some)),
+                "cases": [board.plain_case(case) for case in some],
+            }
+            for quantity, some in board.by_quantity(cases).items()
+        }  # fmt: skip
+        click.echo(render.to_json(render.envelope(render.plain(result), inputs={"rows": list(tables)})))
+    else:
+        render.show_scores(board, cases)
+
+
+def _track() -> tuple[Any, Any]:
+    """Modules that read tables of measurements and count errors, or what to install."""
+    try:
+        from calibrate import track
+        from calibrate.track import board
+    except ImportError as error:
+        raise EnvironmentMissing(f"{error.name} is not installed", "score", "pip install 'lora-plan[train]'") from None
+    return track, board
+
+
+def _write_cases(to: str, rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    try:
+        with Path(to).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise BadInput(f"cannot write the cases: {error.strerror or error}", to, "Name another file.") from None
+
+
 def _runner() -> Any:
     """The module that runs things, or what to install."""
     try:

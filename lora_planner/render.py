@@ -701,3 +701,28 @@ def show_claims(entries: Sequence[Any], detailed: bool) -> None:
             rows.append(("prereg", _text(_dim(f"{e.registered}  {e.registration}"))))
         console.print(_grid(rows))
         console.print()
+
+
+def show_scores(board: Any, cases: Sequence[Any]) -> None:
+    """Errors of predictions by quantity and source; `board`: calibrate.track.board, `cases`: its cases."""
+    from rich.table import Table
+
+    console = _console()
+    for quantity, some in board.by_quantity(cases).items():
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in (quantity, *board.HEADER):
+            table.add_column(heading, overflow="fold")
+        table.add_row("all", *board.cells(board.summary(some)))
+        sources = board.grouped(some, lambda case: case.source)
+        for name, rows in sources.items() if len(sources) > 1 else ():
+            table.add_row(one_line(name), *board.cells(board.summary(rows)))
+        console.print(table)
+        for name, values in board.details(some).items():
+            console.print(_text(f"{one_line(name)}: median {values['median']:.4g}, 90 % below {values['p90']:.4g}, "
+                                f"worst {values['worst']:.4g} (n {values['n']})"))  # fmt: skip
+        for case in board.worst(some, 3):
+            console.print(_text(_dim(one_line(f"worst: {case.label}: predicted {case.predicted.value:.4g} {case.unit}, "
+                                              f"measured {case.measured:.4g}"))))  # fmt: skip
+        for why, n in board.reasons(some):
+            console.print(_text(_dim(one_line(f"no prediction ({n}): {why}"))))
+        console.print()

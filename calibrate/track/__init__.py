@@ -37,7 +37,9 @@ def read(path: Path) -> list[Row]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"cannot read the table: {error}", str(path), "Give a CSV file in UTF-8 with a header.") from error
+        raise BadInput(
+            f"cannot read the table: {error}", str(path), "Give a CSV file in UTF-8 with a header."
+        ) from error
     if not rows:
         raise BadInput("the table has no rows", str(path), "Give a CSV file with a header and at least one row.")
     return rows

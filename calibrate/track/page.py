@@ -1,0 +1,48 @@
+"""The track record as a page: every table of calibrate/tables, quantity by quantity. The same tables give the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calibrate.track import TABLES, board, kind_of, read
+from calibrate.track.case import Case
+
+READING = """\
+Each row of a published table is predicted by the planner and held against what its source measured. `error` is \
+|predicted / measured - 1|, with its median, 95 % quantile and worst; `bias` is the median with its sign, below 0 where too \
+little is predicted; `covered` counts measurements (and bounds, such as a run that was out of memory) inside the 90 % interval.
+*Left out* means that every constant was fitted again without the source (or model) that is predicted: that is what to \
+expect of a source nobody has seen. *As shipped* is what `lora-plan score` says of the same rows; there `fed a fit` marks rows \
+that a shipped constant was fitted on."""
+
+
+def gathered() -> tuple[dict[str, list[Case]], dict[str, list[Case]]]:
+    """Cases of all tables by quantity: as shipped, and with their source or model left out of the fits."""
+    shipped: list[Case] = []
+    without: list[Case] = []
+    for path in sorted(TABLES.glob("*.csv")):
+        rows = read(path)
+        kind = kind_of(list(rows[0]), path.name)
+        shipped += kind.cases(rows)
+        if hasattr(kind, "held_out"):
+            without += kind.held_out(rows)
+    return board.by_quantity(shipped), board.by_quantity(without)
+
+
+def record() -> str:
+    """The page, without runs of our own."""
+    shipped, without = gathered()
+    lines = ["# How wrong the planner is", "", READING, "", "## In short", "",
+             *board.table("quantity", _headlines(shipped, without)), ""]  # fmt: skip
+    for quantity in dict.fromkeys([*without, *shipped]):
+        lines += [f"## {board.inert(quantity[:1].upper() + quantity[1:])}", ""]
+        if quantity in without:
+            lines += board.section("Left out", without[quantity])
+        if quantity in shipped:
+            lines += board.section("As shipped", shipped[quantity])
+    return "\n".join(lines)
+
+
+def _headlines(shipped: dict[str, list[Case]], without: dict[str, list[Case]]) -> list[tuple[str, Sequence[Case]]]:
+    found: list[tuple[str, Sequence[Case]]] = [(f"{quantity}, left out", some) for quantity, some in without.items()]
+    return found + [(f"{quantity}, as shipped", some) for quantity, some in shipped.items()]
