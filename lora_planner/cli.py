@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lora_planner import __version__
 from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
-
-if TYPE_CHECKING:
-    from lora_planner.plan import Configuration, Job, Plan, Priced
-
-METHODS = ["full", "lora", "qlora", "rslora", "dora", "lora-fa"]
-EXPERTS = ["per-expert", "per-expert-over-active", "shared-outer", "fused", "none"]
+from lora_planner.options import (
+    ADAPTER,
+    FINE,
+    GPU,
+    JOB,
+    JSON,
+    MODEL,
+    OFFLINE,
+    PRICES,
+    RUNS,
+    STEP,
+    job_of,
+    needed,
+    options,
+    plan_of,
+    priced_of,
+)  # fmt: skip
 
 
 class Commands(click.Group):
@@ -47,58 +57,6 @@ def _fail(error: LoraPlanError, as_json: bool) -> None:
     sys.exit(error.exit_code)
 
 
-def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-MODEL = click.option("--model", metavar="NAME|PATH", help="Catalogue name, config.json, directory or hub id.")
-GPU = click.option("--gpu", metavar="NAME", help="Exact name, see `lora-plan gpus`.")
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-PRICES = click.option("--prices", metavar="FILE", help="Your prices (TOML); wins for the GPUs it names.")
-OFFLINE = click.option("--offline", is_flag=True, help="Never ask the hub.")
-ADAPTER = options(
-    click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True),
-    click.option("--rank", type=int, default=16, show_default=True),
-    click.option("--alpha", type=float, default=32.0, show_default=True),
-    click.option("--targets", default="all-linear", show_default=True,
-                 help="attention, mlp, ssm, all-linear, unembed, peft-all-linear or module names, with commas."),
-    click.option("--experts", type=click.Choice(EXPERTS), default="per-expert-over-active", show_default=True),
-)  # fmt: skip
-STEP = options(
-    click.option("--micro-batch", type=int, default=1, show_default=True),
-    click.option("--seq-len", type=int, default=2048, show_default=True),
-    click.option("--checkpointing", type=click.Choice(["none", "full"]), default="none", show_default=True),
-    click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"]), default="sdpa", show_default=True),
-)  # fmt: skip
-FINE = options(
-    click.option("--optimizer", type=click.Choice(["adamw", "adamw-fused", "adamw-foreach", "adamw-8bit"]),
-                 default="adamw", show_default=True),
-    click.option("--loss", type=click.Choice(["full", "chunked"]), default="full", show_default=True,
-                 help="Logits of all tokens at once, or in chunks."),
-    click.option("--stack", help="Software whose speed to assume; default: lora-plan on a calibrated GPU, else hf-trl."),
-)  # fmt: skip
-JOB = options(
-    click.option("--data", metavar="FILE", help="JSONL or Parquet: messages, prompt/completion or text."),
-    click.option("--tokens", metavar="N", help="Size of the data where there is no file yet: 10M."),
-    click.option("--tokenizer", metavar="PATH", help="tokenizer.json or its directory: exact counts."),
-    click.option("--max-length", type=int, help="Longest sample in tokens; longer ones are cut."),
-    click.option("--epochs", type=float, default=1.0, show_default=True),
-    click.option("--gpu", required=True, metavar="NAME[,NAME]", help="Exact names, see `lora-plan gpus`."),
-    click.option("--budget", type=float, metavar="USD"),
-    click.option("--deadline", type=float, metavar="HOURS"),
-    click.option("--first-epoch-loss", type=float, metavar="NATS", help="Measured, per trained token: sharpens capacity."),
-    click.option("--rl", is_flag=True, help="Reinforcement learning with a verifiable reward."),
-    click.option("--problems", type=int, help="RL: problems in the data."),
-    click.option("--group", type=int, default=16, show_default=True, help="RL: samples per problem."),
-    click.option("--pass-rate", type=float, help="RL: share of samples solved at the start."),
-)  # fmt: skip
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="lora-plan")
 def main() -> None:
@@ -120,7 +78,7 @@ def recommend(as_json: bool, **words: Any) -> None:
     from lora_planner import render
     from lora_planner.recommend import recommend as search
 
-    advice = search(_job(words))
+    advice = search(job_of(words))
     if as_json:
         click.echo(render.to_json(render.advice_object(advice)))
     else:
@@ -143,11 +101,11 @@ def estimate(as_json: bool, batch_file: str | None, **words: Any) -> None:
 
     if batch_file:
         sys.exit(_estimate_lines(batch_file, words))
-    names = _needed(words, "model").split(",")
+    names = needed(words, "model").split(",")
     if len(names) > 1 and as_json:
         sys.exit(max(_estimate_line({**words, "model": name}) for name in names))
     for name in names:
-        priced = _priced({**words, "model": name})
+        priced = priced_of({**words, "model": name})
         if as_json:
             click.echo(render.to_json(render.estimate_object(priced)))
         else:
@@ -181,7 +139,7 @@ def _estimate_line(defaults: dict[str, Any], line: str = "{}", place: str = "--m
         unknown = sorted(set(words) - set(defaults))
         if unknown:
             raise BadInput(f"unknown names {unknown}", place, f"Known: {', '.join(sorted(defaults))}.")
-        click.echo(json.dumps(render.estimate_object(_priced({**defaults, **words}))))
+        click.echo(json.dumps(render.estimate_object(priced_of({**defaults, **words}))))
     except LoraPlanError as error:
         click.echo(json.dumps(render.error_object(error)))
         return error.exit_code
@@ -203,7 +161,7 @@ def explain(quantity: str, as_json: bool, **words: Any) -> None:
     from lora_planner import render
     from lora_planner.plan import explain as terms
 
-    ledger = terms(quantity, _plan(words))
+    ledger = terms(quantity, plan_of(words))
     if as_json:
         click.echo(render.to_json(render.ledger_envelope(ledger)))
     else:
@@ -236,14 +194,6 @@ def gpus(as_json: bool, prices: str | None) -> None:
         click.echo(render.to_json(render.rows_envelope(rows)))
     else:
         render.show_rows("gpus", rows)
-
-
-RUNS = options(
-    click.option("--model", metavar="DIR|ID", help="Your model: a directory with safetensors, or a hub id."),
-    click.option("--data", metavar="FILE", help="Your data: JSONL or Parquet; default: text found on every machine."),
-    click.option("--base", metavar="NAME", help="A small base, pre-trained here once: qwen3-1m, llama-1m, moe-2m ..."),
-    click.option("--out", metavar="DIR", default="lora-plan-runs", show_default=True, help="Where runs are recorded."),
-)  # fmt: skip
 
 
 @main.command()
@@ -512,122 +462,3 @@ def _ranks(text: str) -> list[int]:
     if not words or not all(word.isdigit() and int(word) for word in words):
         raise UsageError(f"--ranks {text}: expected whole numbers", "", "Use --ranks 1,4,16.")
     return [int(word) for word in words]
-
-
-# ---------------------------------------------------------------- words into types
-
-
-def _needed(words: dict[str, Any], name: str) -> Any:
-    value = words.get(name)
-    if value is None or value == "":
-        raise UsageError(f"--{name.replace('_', '-')} is missing", "", f"See `lora-plan {name}s`.")
-    return value
-
-
-def _number(words: dict[str, Any], name: str, kind: type[int] | type[float]) -> Any:
-    """Words from a JSON line have any type; those of the shell were checked by click."""
-    value = words[name]
-    if isinstance(value, bool) or not isinstance(value, int | kind):
-        raise BadInput(f"{name}: expected a number, got {value!r}", "configuration", "Give a number.")
-    return value
-
-
-def _text(words: dict[str, Any], name: str) -> str:
-    value = words[name]
-    if not isinstance(value, str):
-        raise BadInput(f"{name}: expected text, got {value!r}", "configuration", "Put it in quotes.")
-    return value
-
-
-def _configuration(words: dict[str, Any]) -> Configuration:
-    from lora_planner.facts import gpu
-    from lora_planner.method import method
-    from lora_planner.model_source import load_model
-    from lora_planner.plan import Configuration
-    from lora_planner.throughput import DEFAULT_STACK, default_stack
-
-    name, targets = _needed(words, "model"), _text(words, "targets")
-    if not isinstance(name, str):
-        raise BadInput(f"model: expected text, got {name!r}", "configuration", "Put it in quotes.")
-    card = gpu(_text(words, "gpu")) if words.get("gpu") else None
-    return Configuration(
-        load_model(name, offline=bool(words.get("offline"))),
-        method(
-            _text(words, "method"),
-            _number(words, "rank", int),
-            float(_number(words, "alpha", float)),
-            tuple(t.strip() for t in targets.split(",") if t.strip()),
-            _text(words, "experts"),
-        ),
-        card,
-        _number(words, "micro_batch", int),
-        _number(words, "seq_len", int),
-        checkpointing=_text(words, "checkpointing"),
-        attention=_text(words, "attention"),
-        optimizer=_text(words, "optimizer"),
-        loss=_text(words, "loss"),
-        stack=_text(words, "stack") if words.get("stack") else default_stack(card) if card else DEFAULT_STACK,
-    )
-
-
-def _priced(words: dict[str, Any]) -> Priced:
-    from lora_planner.data_file import parse_token_count
-    from lora_planner.plan import PriceBook, price
-
-    tokens = parse_token_count(str(words["tokens"])) if words.get("tokens") else None
-    return price(_configuration(words), PriceBook.load(words.get("prices")), tokens)
-
-
-def _plan(words: dict[str, Any]) -> Plan:
-    """The plan of one explicit configuration, for `explain`."""
-    from lora_planner.batch import recommend_batch
-    from lora_planner.data_file import DataFacts, parse_token_count
-    from lora_planner.plan import Job, PriceBook, make_plan
-
-    c = _configuration(words)
-    assert c.gpu
-    data = DataFacts.from_tokens(parse_token_count(words["tokens"]), c.seq_len)
-    job = Job(c.model, data, (c.gpu,), PriceBook.load(words["prices"]))
-    return make_plan(job, c, recommend_batch(data.examples, 1.0, c.seq_len))
-
-
-def _job(words: dict[str, Any]) -> Job:
-    from lora_planner.data_file import DataFacts, parse_token_count, read_data
-    from lora_planner.facts import gpu
-    from lora_planner.model_source import load_model
-    from lora_planner.plan import Job, PriceBook
-
-    model = load_model(_needed(words, "model"), offline=words["offline"])
-    gpus = tuple(gpu(name.strip()) for name in words["gpu"].split(",") if name.strip())
-    if words["data"] and words["tokens"]:
-        raise UsageError("--data and --tokens are two sizes of one data set", "", "Give one of them.")
-    if words["rl"] and not words["problems"]:
-        raise UsageError("--rl needs --problems", "", "How many problems are in the data?")
-    length = words["max_length"]
-    if words["data"]:
-        data = read_data(words["data"], tokenizer=words["tokenizer"], max_length=length)
-    elif words["tokens"]:
-        data = DataFacts.from_tokens(parse_token_count(words["tokens"]), length)
-    else:
-        raise UsageError("neither --data nor --tokens", "", "Give the data file, or its size: --tokens 10M.")
-    if length and model.max_positions and length > model.max_positions:
-        raise BadInput(
-            f"--max-length {length} exceeds the model's {model.max_positions} positions",
-            "--max-length",
-            "Use a shorter length.",
-        )
-    return Job(
-        model,
-        data,
-        gpus,
-        PriceBook.load(words["prices"]),
-        words["epochs"],
-        length,
-        words["budget"],
-        words["deadline"] * 3600 if words["deadline"] is not None else None,
-        words["first_epoch_loss"],
-        words["rl"],
-        words["problems"] or 0,
-        words["group"],
-        words["pass_rate"],
-    )
