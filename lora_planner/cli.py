@@ -12,6 +12,8 @@ from typing import Any
 import click
 
 from lora_planner import __version__
+from lora_planner.commands.budget import budget
+from lora_planner.commands.compare import compare
 from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
 from lora_planner.options import (
     ADAPTER,
@@ -65,6 +67,10 @@ def main() -> None:
     \b
     lora-plan recommend --model qwen3-8b --data chats.jsonl --gpu h100-sxm-80gb
     """
+
+
+for command in (budget, compare):
+    main.add_command(command)
 
 
 @main.command()

@@ -66,7 +66,7 @@ class Advice:
 
 def recommend(job: Job) -> Advice:
     """Search every method, target set, rank, micro-batch and checkpointing over the job's GPUs."""
-    _check(job)
+    check(job)
     need = job.need()
     per_rank = trainable_params(job.model, method("lora", 512)) / 512
     rank = capacity.recommend_rank(need, job.model.total, per_rank)
@@ -76,8 +76,8 @@ def recommend(job: Job) -> Advice:
     for c in candidates(job, rank.rank, batch.batch):
         length = job.padded_length(c.micro_batch)
         found = price(c, job.book, job.data.examples * job.epochs * length)
-        order = _order(job, need, found)
-        refusal = _refusal(job, found)
+        order = order_of(job, need, found)
+        refusal = refusal_of(job, found)
         if refusal:
             rejected.append((order, refusal))
         else:
@@ -140,7 +140,7 @@ def candidates(job: Job, rank: int, batch: int) -> Iterator[Configuration]:
             )
 
 
-def _order(job: Job, need: capacity.Need, found: Priced) -> tuple[float, ...]:
+def order_of(job: Job, need: capacity.Need, found: Priced) -> tuple[float, ...]:
     """What is better sorts first: loss class, cost class, peak memory."""
     c = found.configuration
     over = 0
@@ -153,7 +153,7 @@ def _order(job: Job, need: capacity.Need, found: Priced) -> tuple[float, ...]:
     return loss, floor(log(max(spent, 1e-12)) / log(SAME_COST)), peak
 
 
-def _refusal(job: Job, found: Priced) -> Rejected | None:
+def refusal_of(job: Job, found: Priced) -> Rejected | None:
     """The first constraint a configuration breaks, with both numbers."""
     c = found.configuration
     assert c.gpu and found.memory and found.run_s and found.p_fit is not None
@@ -198,7 +198,7 @@ def _fix(refused: Rejected) -> str:
     return str(change) if change else ""
 
 
-def _check(job: Job) -> None:
+def check(job: Job) -> None:
     if not job.gpus:
         raise BadInput("no GPU to plan for", "--gpu", "Name at least one; `lora-plan gpus` lists them.")
     if job.budget_usd is not None and not 0 < job.budget_usd < float("inf"):

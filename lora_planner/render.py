@@ -298,7 +298,7 @@ def advice_object(advice: Advice) -> dict[str, Any]:
 # ---------------------------------------------------------------- terminal
 
 
-def _console() -> Any:
+def terminal() -> Any:
     from rich.console import Console
 
     class Terminal(Console):
@@ -308,7 +308,7 @@ def _console() -> Any:
     return Terminal(highlight=False, soft_wrap=False)
 
 
-def _grid(rows: Sequence[tuple[str, Any]]) -> Any:
+def grid(rows: Sequence[tuple[str, Any]]) -> Any:
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2), pad_edge=False)
@@ -383,7 +383,7 @@ def memory_bar(p: Priced, width: int = 48) -> Any:
              ("training state", "magenta", ("gradients", "optimizer states", "optimizer temporary")),
              ("logits", "yellow", ("logits", "logit gradients", "head", "model output")))  # fmt: skip
     ledger = p.memory.phases[p.memory.peak_phase]
-    full, empty = ("█", "░") if _console().encoding.startswith("utf") else ("#", ".")
+    full, empty = ("█", "░") if terminal().encoding.startswith("utf") else ("#", ".")
     bar, legend, used = Text(), [], 0
     known = {name for _, _, names in kinds for name in names}
     groups = [(name, style, sum(ledger[n] for n in names)) for name, style, names in kinds]
@@ -499,7 +499,7 @@ def show_advice(advice: Advice) -> None:
     """The whole answer on a terminal: recommendation, runner-up, first rejected, what to watch."""
     from rich.table import Table
 
-    console, job = _console(), advice.job
+    console, job = terminal(), advice.job
     model = job.model
     rows: list[tuple[str, Any]] = [("model", _text((one_line(model.name), "bold"), f"  {model.total:,} parameters"
         + (f", {model.active:,} active" if model.active != model.total else "") + f", {model.layers} layers ",
@@ -512,7 +512,7 @@ def show_advice(advice: Advice) -> None:
         rows.append(("why", _text("; ".join(advice.rank.reasons))))
     else:
         rows.append(("plan", _text(("nothing satisfies the constraints", "bold red"))))
-    console.print(_grid(rows))
+    console.print(grid(rows))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("", "plan", "gpu", "peak", "time", "cost", "loss"):
         table.add_column(heading, overflow="fold")
@@ -529,7 +529,7 @@ def show_advice(advice: Advice) -> None:
         console.print(_text(_dim(f"rejected: {advice.rejected.reason}{fix}")))
     reasons = ", ".join(f"{n:,} {code}" for code, n in sorted(advice.dropped.items())) or "none dropped"
     console.print(_text(_dim(f"{advice.considered:,} configurations considered; dropped: {reasons}")))
-    _print_warnings(console, advice.warnings)
+    print_warnings(console, advice.warnings)
 
 
 def _cells(p: Priced) -> tuple[str, str, str, str, str]:
@@ -540,18 +540,18 @@ def _cells(p: Priced) -> tuple[str, str, str, str, str]:
     return method_line(p), c.gpu.name if c.gpu else "", peak, run, cost
 
 
-def _print_warnings(console: Any, warnings: Sequence[Warning3]) -> None:
+def print_warnings(console: Any, warnings: Sequence[Warning3]) -> None:
     if not warnings:
         return
     console.print()
     rows = [("watch" if i == 0 else "", _text((code, "yellow"), f" {one_line(msg)}. ", _dim(fix)))
             for i, (code, msg, fix) in enumerate(warnings)]  # fmt: skip
-    console.print(_grid(rows))
+    console.print(grid(rows))
 
 
 def show_estimate(p: Priced) -> None:
     """One explicit configuration on a terminal."""
-    console, c = _console(), p.configuration
+    console, c = terminal(), p.configuration
     rows: list[tuple[str, Any]] = [("model", _text((one_line(c.model.name), "bold"), f"  {c.model.total:,} parameters, "
                                                    f"{c.model.active:,} active ", _basis("exact")))]  # fmt: skip
     recipe = _recipe(p)
@@ -566,15 +566,15 @@ def show_estimate(p: Priced) -> None:
         if p.run_tokens:
             rows.append(("run", _text(f"{interval(p.run_s, units.duration)} for {units.count(p.run_tokens)} tokens")))
             rows.append(("cost", _cost_line(p)))
-    console.print(_grid(rows))
-    _print_warnings(console, _all_warnings(p))
+    console.print(grid(rows))
+    print_warnings(console, _all_warnings(p))
 
 
 def show_explanation(ledger: Ledger) -> None:
     """Every term with its value, basis, place in the code and source."""
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     console.print(_text((ledger.quantity, "bold"), f"  {ledger.convention}"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("term")
@@ -605,7 +605,7 @@ def show_rows(title: str, rows: Sequence[Any]) -> None:
     """A catalogue: one line a row."""
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     records = [plain(row) for row in rows]
     for i, heading in enumerate(records[0]):
@@ -620,7 +620,7 @@ def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequen
     """Held-out losses by arm and rate, then a line a verdict. `arms`: calibrate.verdict.Arm."""
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("arm", "held-out nats per token by learning rate", "best"):
         table.add_column(heading, overflow="fold")
@@ -634,7 +634,7 @@ def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequen
     console.print()
     colours = {"holds": "green", "fails": "red"}
     console.print(
-        _grid([(v.claim, _text((v.status, colours.get(v.status, "yellow")), f"  {v.sentence}")) for v in verdicts])
+        grid([(v.claim, _text((v.status, colours.get(v.status, "yellow")), f"  {v.sentence}")) for v in verdicts])
     )
 
 
@@ -644,7 +644,7 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
     """Constants before and after, and errors on runs that the fit has not seen, by kind of run: probe.Errors."""
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("constant", "before", "now", "runs"):
         table.add_column(heading, overflow="fold")
@@ -673,7 +673,7 @@ def show_claims(entries: Sequence[Any], detailed: bool) -> None:
     """A line a claim; `detailed`: what came out, and by which rule. `entries`: calibrate.family.Entry."""
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     colours = {"holds": "green", "fails": "red"}
     if not detailed:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -699,7 +699,7 @@ def show_claims(entries: Sequence[Any], detailed: bool) -> None:
         rows.append(("rule", _text(_dim(one_line(e.rule)))))
         if e.registered:
             rows.append(("prereg", _text(_dim(f"{e.registered}  {e.registration}"))))
-        console.print(_grid(rows))
+        console.print(grid(rows))
         console.print()
 
 
@@ -707,7 +707,7 @@ def show_scores(board: Any, cases: Sequence[Any]) -> None:
     """Errors of predictions by quantity and source; `board`: calibrate.track.board, `cases`: its cases."""
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     for quantity, some in board.by_quantity(cases).items():
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for heading in (quantity, *board.HEADER):

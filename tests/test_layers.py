@@ -23,9 +23,13 @@ ORDER = [
     {"memory", "workload"},
     {"plan"},
     {"recommend"},
+    {"budget", "compare", "handoff"},
     {"record"},
     {"predict"},
     {"render"},
+    {"pages"},
+    {"options"},
+    {"commands"},
     {"cli"},
 ]
 HEAVY = {"torch", "numpy", "scipy", "transformers", "peft", "pandas"}

@@ -1,0 +1,284 @@
+"""`lora-plan budget`: one or more plans in, the bill of the whole project out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from datetime import date
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_planner.errors import BadInput, Infeasible, LoraPlanError, UsageError
+from lora_planner.options import JOB, JSON, MODEL, OFFLINE, PRICES, job_of, needed, options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_planner.budget import Budget, Settings
+    from lora_planner.pages.budget_report import Elsewhere
+    from lora_planner.pages.plan_file import Sheet
+
+CHARTS = ("memory", "capacity", "time", "cost", "total")
+PROJECT = options(
+    click.option("--rates", type=click.IntRange(0, 100), help="Learning rates to try.  [default: the plan's sweep]"),
+    click.option("--ranks", type=click.IntRange(1, 20), default=2, show_default=True, help="Ranks that get them all."),
+    click.option("--sweep", default="25%", show_default=True, metavar="SHARE", help="Length of their runs; 100% is full."),
+    click.option("--seeds", type=click.IntRange(0, 1000), default=3, show_default=True, help="Final runs."),
+    click.option("--eval", "evaluation", metavar="SHARE", help="Evaluation, of training.  [default: 3%,10%,40%]"),
+    click.option("--failed", metavar="SHARE", help="What runs twice.  [default: 3%,15%,50%]"),
+    click.option("--idle", metavar="SHARE", help="Paid and not used.  [default: 3%,15%,60%]"),
+    click.option("--setup", type=float, metavar="MINUTES", help="Before the first run.  [default: 10 to 120]"),
+    click.option("--checkpoints", type=click.IntRange(0, 1000), default=2, show_default=True, help="Kept a final run."),
+    click.option("--months", type=float, default=3, show_default=True, help="Of storage."),
+    click.option("--storage-price", type=float, metavar="USD", help="A GiB-month.  [default: 0.02 to 0.25]"),
+    click.option("--contingency", default="p90", show_default=True, metavar="p90|SHARE", help="Added to the p50."),
+    click.option("--provider", metavar="NAME", help="Whose price; default: spread over all on demand."),
+    click.option("--strict-prices", is_flag=True, help="Refuse prices older than 30 days (exit code 3)."),
+    click.option("--hosted-price", type=float, metavar="USD", help="Of training a million tokens at a host."),
+)  # fmt: skip
+OUTPUTS = options(
+    click.option("--html", "html_file", metavar="FILE", help="One page: no script, nothing to load."),
+    click.option("--markdown", "markdown_file", metavar="FILE"),
+    click.option("--csv", "csv_file", metavar="FILE"),
+    click.option("--plot", "plots", multiple=True, metavar="CHART.svg|png", help=f"A file named {', '.join(CHARTS)}."),
+)
+CENTURY_HOURS = 100 * 365.25 * 24
+#: options of `recommend` that also work here, and would make the help two screens long
+QUIET = ("tokenizer", "max_length", "epochs", "deadline", "first_epoch_loss", "rl", "problems", "group", "pass_rate")
+
+
+@click.command()
+@click.argument("plans", nargs=-1, metavar="[PLAN.json]...")
+@options(MODEL, JOB, PROJECT, OUTPUTS, PRICES, OFFLINE, JSON)
+def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdown_file: str | None, csv_file: str | None,
+           plots: tuple[str, ...], **words: Any) -> None:  # fmt: skip
+    """The bill of a whole project: sweep, seeds, evaluation, failures, idle time, storage.
+
+    PLAN.json: from `lora-plan recommend --json`, - for stdin; several are parts of one project. Without one, --model,
+    --data and all other options of recommend plan first. A SHARE is 15%, or low,value,high: 5%,15%,50%.
+    Exit code 5: the amount to approve is over --budget.
+
+    \b
+    lora-plan budget plan.json --seeds 3 --idle 15% --html budget.html --csv budget.csv
+    lora-plan budget --model qwen3-8b --tokens 10M --gpu h100-sxm-80gb,l40s-48gb --budget 500
+    """
+    from lora_planner.budget import budget as bill
+    from lora_planner.pages import budget_report, text
+
+    today = date.today()
+    settings = _settings(words)
+    limit = words["budget"]
+    if limit is not None and not 0 < limit < float("inf"):
+        raise Infeasible(f"nothing costs {limit:g} USD", "--budget", "Give a positive number, or leave it out.")
+    kinds = [(path, _chart_of(path)) for path in plots]
+    sheets, others = _plans(plans, words, settings, today)
+    found = bill([sheet.part for sheet in sheets], settings, today)
+    if words["strict_prices"] and found.stale:
+        _refuse_stale(found, today)
+    warnings = _warnings(found, sheets, limit, today)
+    over = limit is not None and found.approve_usd > limit
+
+    page = budget_report.document(found, sheets, others, today, warnings, limit)
+    if html_file:
+        from lora_planner.pages.html import html
+
+        text.write(html_file, html(page))
+    if markdown_file:
+        text.write(markdown_file, text.markdown(page))
+    if csv_file:
+        text.write(csv_file, text.csv_text(budget_report.rows(found, sheets, others, today)))
+    for path, kind in kinds:
+        _draw(path, kind, found, sheets, limit)
+    if as_json:
+        click.echo(_json(found, sheets, others, warnings, words, today, 5 if over else 0))
+    else:
+        text.show(page)
+    sys.exit(5 if over else 0)
+
+
+for parameter in budget.params:
+    if parameter.name == "gpu":
+        parameter.required = False  # a plan file names its own
+    if isinstance(parameter, click.Option) and parameter.name in QUIET:
+        parameter.hidden = True
+
+
+def _settings(words: dict[str, Any]) -> Settings:
+    from lora_planner.budget import EVALUATION, FAILED, IDLE, SETUP, STORAGE, Settings, share
+    from lora_planner.ledger import DERIVED, Estimate
+
+    def asked(name: str, option: str, default: Estimate) -> Estimate:
+        return share(words[name], option) if words[name] is not None else default
+
+    def number(name: str, default: Estimate, factor: float = 1.0) -> Estimate:
+        value, option = words[name], f"--{name.replace('_', '-')}"
+        if value is None:
+            return default
+        _positive(value, option, zero=True)
+        return Estimate(value * factor, value * factor, value * factor, default.unit, DERIVED, f"yours: {option}")
+
+    sweep = share(words["sweep"], "--sweep").value
+    if not 0 < sweep <= 1:
+        raise BadInput(f"runs of {sweep:.0%} of a run", "--sweep", "Use more than 0% and at most 100%.")
+    _positive(words["months"], "--months", zero=True)
+    if words["hosted_price"] is not None:
+        _positive(words["hosted_price"], "--hosted-price")
+    p90 = words["contingency"].strip().lower() == "p90"
+    return Settings(
+        words["rates"],
+        words["ranks"],
+        sweep,
+        words["seeds"],
+        asked("evaluation", "--eval", EVALUATION),
+        asked("failed", "--failed", FAILED),
+        asked("idle", "--idle", IDLE),
+        number("setup", SETUP, 60.0),
+        words["checkpoints"],
+        words["months"],
+        number("storage_price", STORAGE),
+        None if p90 else share(words["contingency"], "--contingency").value,
+        words["provider"],
+        words["hosted_price"],
+    )
+
+
+def _positive(value: float, option: str, zero: bool = False) -> None:
+    if not isfinite(value) or value > 1e9 or value < 0 or (value == 0 and not zero):
+        raise BadInput(f"{value:g} is out of range", option, "Use a positive number.")
+
+
+def _plans(
+    files: Sequence[str], words: dict[str, Any], settings: Settings, today: date
+) -> tuple[list[Sheet], list[Elsewhere]]:
+    """The plans that are bought, and what the other GPUs would have been."""
+    from lora_planner.facts import prices
+    from lora_planner.pages.plan_file import read, sheet
+
+    if not files:
+        return _planned(words, settings, today)
+    given = _given("model", "data", "tokens", "gpu", *QUIET)
+    if given:
+        raise UsageError(f"{', '.join(given)} and a plan file", "", "The file has its own; leave one of them out.")
+    sheets = [sheet(read(path), Path(path).name if path != "-" else "stdin") for path in files]
+    if words["prices"]:
+        rows = prices(words["prices"])
+        sheets = [
+            replace(s, part=replace(s.part, prices=tuple(r for r in rows if r.gpu == s.part.gpu))) for s in sheets
+        ]
+    return sheets, []
+
+
+def _given(*names: str) -> list[str]:
+    """Which of these options stand on the command line."""
+    context = click.get_current_context()
+    source = click.core.ParameterSource.COMMANDLINE
+    return [f"--{name.replace('_', '-')}" for name in names if context.get_parameter_source(name) is source]
+
+
+def _planned(words: dict[str, Any], settings: Settings, today: date) -> tuple[list[Sheet], list[Elsewhere]]:
+    """Plan as `recommend` does, then once more for each GPU that was not chosen."""
+    from lora_planner.budget import budget as bill
+    from lora_planner.pages.budget_report import Elsewhere
+    from lora_planner.pages.plan_file import sheet
+    from lora_planner.recommend import recommend
+    from lora_planner.render import advice_object, to_json
+
+    needed(words, "gpu")
+    job = job_of(words)
+
+    def planned(*gpus: Any) -> Sheet:
+        document = json.loads(to_json(advice_object(recommend(replace(job, gpus=gpus)))))
+        found = sheet(document, "--gpu")
+        # a plan holds on-demand rows; the table of offers has the others too
+        return replace(found, part=replace(found.part, prices=job.book.rows.get(found.part.gpu, ())))
+
+    chosen = planned(*job.gpus)
+    others = []
+    for gpu in job.gpus:
+        if gpu.name == chosen.part.gpu:
+            continue
+        try:
+            other = planned(gpu)
+            others.append(Elsewhere(gpu.name, other.method, bill([other.part], settings, today)))
+        except LoraPlanError as error:  # a reason, in a row of its own
+            others.append(Elsewhere(gpu.name, "", None, error.what))
+    return [chosen], others
+
+
+def _refuse_stale(found: Budget, today: date) -> None:
+    from lora_planner.budget import stale_words
+
+    raise BadInput(f"{len(found.stale)} of {len(found.used)} prices are stale: {stale_words(found.stale, today)}",
+                   "--strict-prices", "Pass --prices FILE with today's.")  # fmt: skip
+
+
+def _warnings(found: Budget, sheets: Sequence[Sheet], limit: float | None, today: date) -> list[tuple[str, str, str]]:
+    from lora_planner.budget import stale_words
+    from lora_planner.units import usd
+
+    rows = []
+    if found.hours.p50 > CENTURY_HOURS:
+        rows.append(("W-INFEASIBLE", "over 100 years of GPU time", "Less data, fewer epochs or a smaller model."))
+    if limit is not None and found.approve_usd > limit:
+        rows.append(("W-OVERBUDGET", f"{usd(found.approve_usd)} to approve, {usd(limit)} given",
+                     "Fewer --rates, --ranks or --seeds, shorter --sweep runs, or --provider."))  # fmt: skip
+    if found.stale:
+        rows.append(("W-STALE-PRICE", f"{len(found.stale)} of {len(found.used)} prices are stale: {stale_words(found.stale, today)}",
+                     "Pass --prices FILE with today's."))  # fmt: skip
+    kept = (w for sheet in sheets for w in sheet.warnings if w[0] not in ("W-STALE-PRICE", "W-BUDGET", "W-NO-PRICE"))
+    return list(dict.fromkeys((*rows, *kept)))
+
+
+def _chart_of(path: str) -> str:
+    name = Path(path)
+    kind = next((kind for kind in CHARTS if name.stem.lower().startswith(kind)), None)
+    if kind is None or name.suffix.lower() not in (".svg", ".png"):
+        raise UsageError(f"--plot {path}: no such chart", "", f"Name a file {', '.join(CHARTS)}, as .svg or .png.")
+    return kind
+
+
+def _draw(path: str, kind: str, found: Budget, sheets: Sequence[Sheet], limit: float | None) -> None:
+    from lora_planner.pages import budget_report as report
+    from lora_planner.pages.text import plot
+
+    if kind in ("memory", "capacity"):
+        draw = report.memory_chart if kind == "memory" else report.capacity_chart
+        drawings = [draw(sheet) for sheet in sheets]
+        for i, drawing in enumerate(drawings, start=1):
+            file = Path(path)
+            if drawing is None:
+                raise BadInput("full fine-tuning has no adapter to draw", f"--plot {path}", "Leave it out.")
+            plot(path if len(drawings) == 1 else str(file.with_stem(f"{file.stem}-{i}")), drawing)
+    elif kind == "time":
+        plot(path, report.time_chart(found, sheets))
+    elif kind == "cost":
+        plot(path, report.cost_chart(found.items))
+    else:
+        plot(path, report.total_chart(found, limit))
+
+
+def _json(
+    found: Budget, sheets: Sequence[Sheet], others: Sequence[Elsewhere], warnings: list[tuple[str, str, str]],
+    words: dict[str, Any], today: date, code: int,
+) -> str:  # fmt: skip
+    from lora_planner.pages.budget_report import assumptions
+    from lora_planner.render import envelope, plain, to_json
+
+    result = {
+        "approve_usd": found.approve_usd, "contingency_usd": found.contingency_usd, "total_usd": found.total,
+        "gpu_hours": found.hours, "runs": found.runs, "basis": found.basis, "items": found.items, "offers": found.offers,
+        "hosted": found.hosted, "settings": found.settings,
+        "plans": [{"sha256": s.sha256, "model": s.part.model, "gpu": s.part.gpu, "method": s.method, "run_s": s.part.run_s}
+                  for s in sheets],
+        "alternatives": [a for s in sheets for a in s.alternatives],
+        "elsewhere": [{"gpu": o.gpu, "plan": o.plan, "reason": o.reason, "total_usd": o.budget.total if o.budget else None}
+                      for o in others],
+    }  # fmt: skip
+    sources = [{"key": a.what, "value": a.value, "kind": a.basis, "source": a.source, "as_of": a.as_of}
+               for a in assumptions(found, sheets, today)]  # fmt: skip
+    inputs = ([s.sha256 for s in sheets], found.settings, words["prices"], today)
+    return to_json(envelope(plain(result), inputs, warnings, sources, code))
