@@ -340,7 +340,8 @@ def rank_penalty(rank: int, total_params: float, top_rank: int = PENALTY_TOP_RAN
     Measured at about 100k chat examples; fewer examples should cost less, more cost more. Outside 1B to
     35B almost only ranks 1 to 4 were swept: the source then says EXTRAPOLATED and the band is squared.
     It runs low for small models: at 1B and 3B every published penalty is above the value.
-    Source: our fit to the tinker-cookbook sweep, model left out within x2 in 71 % of 59 comparisons.
+    Source: our fit to the tinker-cookbook sweep. Of 59 comparisons, each model predicted by the others,
+    71 % are within x2 and the median error is 0.17 % of the loss; of assuming no penalty it is 0.52 %.
 
     >>> p = rank_penalty(16, 8.03e9)
     >>> p.low < 0.0058 < p.high, rank_penalty(128, 8.03e9).value
@@ -353,12 +354,23 @@ def rank_penalty(rank: int, total_params: float, top_rank: int = PENALTY_TOP_RAN
     b = fit["penalty.rank_exponent"].value
     size = (total_params / 8e9) ** -fit["penalty.size_exponent"].value
     value = fit["penalty.scale"].value * size * max(0.0, rank**-b - top_rank**-b)
-    floor, band = fit["penalty.floor"].value, fit["penalty.band"].value
+    band = fit["penalty.band"].value
     inside = PENALTY_PARAMS[0] <= total_params <= PENALTY_PARAMS[1] and rank <= PENALTY_TOP_RANK
     note = "" if inside else "EXTRAPOLATED outside 1B to 35B and rank 128; "
-    band = band if inside else band**2
+    return penalty_within(value, band if inside else band**2, note + fit["penalty.scale"].source)
+
+
+def penalty_within(value: float, band: float, source: str) -> Estimate:
+    """A penalty with its band, which is a factor except near zero, where losses cannot be told apart.
+
+        low, high: (value + floor) / band - floor,  (value + floor) * band - floor        [1]
+
+    >>> round(penalty_within(0.01, 2.0, "").high, 4), penalty_within(0.0, 2.0, "").low
+    (0.0205, 0.0)
+    """
+    floor = constants()["penalty.floor"].value
     low, high = max(0.0, (value + floor) / band - floor), (value + floor) * band - floor
-    return Estimate(low, value, high, "relative loss", FITTED, note + fit["penalty.scale"].source)
+    return Estimate(low, value, high, "relative loss", FITTED, source)
 
 
 def servable_rank(rank: float) -> int:

@@ -119,9 +119,12 @@ def sft_lora_lr(total_params: float, rank: int, family: str | None) -> Estimate:
         exp(a + b ln(N / 8e9) + c ln(r / 16) + u_family)        [1]
 
     u is shrunken towards 0 and is 0 for a family that was not swept (`family=None`), whose band is
-    that of leaving a whole family out: there the law is no better than a flat 3e-4. Rank 1 comes out
-    at half of rank 64, as replications report.
+    that of leaving a whole family out: there the law is no better than a flat 3e-4, and one family of
+    six was outside the band that the others gave it. Rank 1 comes out at half of rank 64, as
+    replications report.
     Source: our fit to the tinker-cookbook sweep (23 models, 84 cells of which 61 bracket their optimum).
+    Each model predicted by the other 22: within x1.5 of the optimum in 90 %, loss above the sweep's
+    best by 0.04 % (median) and 0.34 % (90 % quantile), 78 of 84 cells in the band.
 
     >>> llama_8b = sft_lora_lr(8.03e9, 16, "llama")
     >>> 2e-4 < llama_8b.low < llama_8b.value < llama_8b.high < 8e-4

@@ -22,7 +22,8 @@ from lora_planner.errors import BadInput
 
 TABLES = Path(__file__).parents[1] / "tables"
 #: modules that read a kind of table
-KINDS = ("measured", "peft_l40s", "mlperf", "lr_sweep", "counts", "flops", "tensors")
+KINDS = ("measured", "peft_l40s", "mlperf", "lr_sweep", "models", "totals", "lora_counts", "shared_outer", "flops",
+         "saved", "tracker")  # fmt: skip
 
 Row = Mapping[str, str]
 
