@@ -1,7 +1,7 @@
 """Predictions of two other planners beside ours, on the same published rows in the same run.
 
     pip install fitcheck-llm==0.3.1 ftuneai==0.4.1          both MIT; nothing of theirs is copied here
-    python -m benchmarks.peers                              writes reports/peers.csv, prints errors by planner
+    python -m benchmarks.peers                              writes calibrate/track/peers.csv, prints errors by planner
 
 Each peer is called through its own Python interface with what it can be told of a row: shapes, method, rank, the set of
 targets, attention, checkpointing, quantisation, optimizer, sharding, GPU. A row that it cannot express, or that it refuses
@@ -38,7 +38,7 @@ from lora_planner.model import Attention, Linear, Model
 from lora_planner.units import GIB, MIB
 
 ROOT = Path(__file__).parents[1]
-OUT = ROOT / "reports/peers.csv"
+OUT = ROOT / "calibrate/track/peers.csv"
 FILES = ("measured.csv", "peft_l40s.csv")
 PEERS = ("fitcheck", "ftune")
 PLANNERS = ("ours", "ours, source left out", *PEERS)

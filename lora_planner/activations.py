@@ -10,7 +10,7 @@ A layer keeps what its operations need for their gradients:
 |--------------------|------------------------------------------------------------------------------|
 | RMS norm           | x in fp32, 1 / rms; with a trained gain also the normalised x                |
 | LayerNorm          | x, mean and 1 / std                                                          |
-| frozen matrix      | nothing                                                                      |
+| frozen matrix      | nothing (old bitsandbytes in 4 bit: its input)                               |
 | trained matrix     | its input, once for all matrices that read the same tensor                   |
 | LoRA matrix        | A's input and B's input; peft casts x once per matrix if A is not in x's dtype|
 | fused attention    | q, k, v, the output, log-sum-exp                                             |
@@ -24,13 +24,13 @@ Source: torch.autograd.graph.saved_tensors_hooks on transformers 5.23 and peft 0
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lora_planner.method import Method
 from lora_planner.method.adapter import Adapter
 from lora_planner.method.targets import adapter_table
-from lora_planner.model import Attention, Block, Linear, Model, Scan, Weight
+from lora_planner.model import PARAMETER, Attention, Block, Linear, Model, Scan, Weight
 
 FP32, BF16, INT64 = 4, 2, 8
 
@@ -81,6 +81,7 @@ class Setup:
     `width`: bytes of an activation; 4 where norms are fp32 and nothing casts back (QLoRA as peft prepares it).
     `fp32`: weights are too, so that tensors are shared which 16 bit would copy. Measured on a CPU.
     `repeats`: k and v are repeated for grouped queries, as transformers does whenever there is a mask.
+    `frozen_inputs`: 4-bit matrices keep their input although they are frozen, as bitsandbytes did before 0.44.
     """
 
     attention: str = "sdpa"
@@ -89,6 +90,7 @@ class Setup:
     width: int = BF16
     fp32: bool = False
     repeats: bool = True
+    frozen_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +201,17 @@ def block_kept(block: Block, family: str, trained: Trained, setup: Setup) -> tup
     """Everything that one layer of this kind keeps."""
     habit = HABITS.get(family, LLAMA)
     kept: dict[str, Kept] = {}
+    shared = (
+        0  # layer norms keep their input itself: those of a layer with MLP and attention side by side read the same
+    )
+    side_by_side = any(row.group == "mlp_dense" and row.reads == ("in",) for row in block.linears)
     for weight in block.weights:
         if weight.width:
-            add(kept, norm(weight, habit, trained.full, setup))
+            k = norm(weight, habit, trained.full, setup)
+            if side_by_side and weight.kind == "layer" and weight.width == block.linears[0].d_in:
+                k = replace(k, token=k.token - shared)
+                shared = setup.width * weight.width
+            add(kept, k)
     if isinstance(block.mixer, Attention):
         add(kept, attention(block.mixer, block.linears, habit, setup))
     elif isinstance(block.mixer, Scan):
@@ -307,7 +317,7 @@ def mlp(block: Block, habit: Habit, width: int = BF16) -> Iterator[Kept]:
 def inputs(block: Block, trained: Trained, setup: Setup) -> Kept:
     """Inputs of trained matrices in the dtype they are multiplied in, each distinct tensor once.
 
-        2 d_in for every distinct input that a trained W, or an A in bf16, reads
+        2 d_in for every distinct input that a trained W, an A in bf16, or a W with `frozen_inputs` reads
 
     Under autocast the output of a norm with fp32 weights is cast anew for every matrix. The input of
     the output projection is what fused attention already keeps.
@@ -318,6 +328,10 @@ def inputs(block: Block, trained: Trained, setup: Setup) -> Kept:
         pair = trained.adapters.get(row.name)
         experts = row.group == "experts"
         rows = max(row.used, row.computed) if experts else 1
+        if setup.frozen_inputs and not trained.full and row.kind != PARAMETER:
+            if not _from_fused_attention(row, block, setup):
+                shared[row.reads, row.d_in, experts] = setup.width * row.d_in * rows
+            continue
         if trained.full:
             own = setup.autocast and row.reads[0] == "in" and not experts
         elif pair is None:

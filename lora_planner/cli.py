@@ -298,16 +298,16 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
     "--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Of the claims' runs."
 )
 def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -> None:
-    """The scoreboard: predicted when planned, measured, ratio; every run counted.
+    """How wrong the planner is: on published measurements, and on runs recorded here.
 
     \b
-    lora-plan report lora-plan-runs/runs.jsonl --to reports/scoreboard.md
+    lora-plan report lora-plan-runs/runs.jsonl --to scoreboard.md
     lora-plan report reports/runs/cpu.jsonl --claims --to reports/verification.md
     """
     from lora_planner.record import merge, read_events
 
     events = []
-    for name in journals or ("lora-plan-runs/runs.jsonl",):
+    for name in journals:
         if not Path(name).is_file():
             raise BadInput("there is no such journal", name, "Run `lora-plan verify` first, or name its runs.jsonl.")
         found, skipped = read_events(Path(name))
@@ -315,14 +315,21 @@ def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -
         for number, why in skipped:
             click.echo(f"lora-plan: skipped line {number} of {Path(name).name}: {why}", err=True)
     if claims:
+        if not journals:
+            raise UsageError("--claims without a journal", "", "Name the runs.jsonl of `lora-plan verify CLAIM`.")
         page = _claims_page(events, size, Path(to).parent if to else None)
     else:
+        _track()
+        from calibrate.track.page import record
+
+        page = record()
+    if events and not claims:
         from calibrate.score import scoreboard, scores
         from calibrate.verdict import arm_table, arms
 
         runs = list(merge(events).values())
-        parts = [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
-        page = "\n".join(parts)
+        losses = ["### Held-out losses by learning rate", "", *arm_table(arms(runs))]
+        page = "\n".join([page.rstrip(), "", scoreboard(scores(runs), runs), *losses])
     if to:
         try:
             Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")

@@ -11,6 +11,9 @@ A phase is a ledger of what is alive at its worst moment; the peak is the larges
 The longest sample of a batch decides: `seq_len` is the padded length of the longest batch.
 
 Letters: T = micro_batch * seq_len tokens, V vocabulary, H hidden_size, P trainable parameters.
+
+What a trainer does differently is an option: how its loss treats the logits (LOGITS), whether weights and states are
+split over GPUs (Split), what else is trained, what else its layers keep.
 """
 
 from __future__ import annotations
@@ -31,14 +34,13 @@ from lora_planner.facts import measured, remembered
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table, experts
-from lora_planner.model import PARAMETER, Model, Scan
+from lora_planner.model import PARAMETER, Attention, Block, Model, Scan
 from lora_planner.params import BYTES, stored_params, trainable_params
 from lora_planner.units import gib
 
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "full", "selective")
 ATTENTION = ("eager", "sdpa", "flash")
-LOSS = ("full", "chunked")
-FULL_PRECISION = ("mixed", "bf16", "fp32")
+FULL_PRECISION = ("mixed", "bf16", "fp32", "master")
 #: a plan that is called fitting: the 95 % end of its interval is inside the memory
 MIN_P_FIT = 0.95
 #: a max length below this share of the present one is no answer to "what would fit"
@@ -59,6 +61,66 @@ class Optimizer:
     largest: float = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Bytes per logit, T V of them, of a loss that is computed over all logits of a batch.
+
+    forward     the most that is alive while the loss is computed
+    kept        until the backward pass undoes the loss: the log-softmax, and what the loop holds anyway
+    gradients   beside it, while the loss is undone
+    output      held by a loop that keeps the model's output (`keep_logits`)
+    """
+
+    forward: int
+    kept: int
+    gradients: int
+    output: int
+
+
+#: "full": bf16 logits, their fp32 copy, the fp32 log-softmax; two fp32 gradients. Source: transformers from 4.45 on.
+#: "shifted": the fp32 copy is the model's output and is copied once more to shift it. Source: transformers to 4.44.
+#: "half": as "shifted", but nothing is made fp32 and the output is held. Source: DeepSpeed's engine has no autocast.
+#: "rows": a list of fp32 logits, 128 rows each, that the loop holds, and their log-softmax, whose gradients take its
+#: place row by row. Source: litgpt's chunked_cross_entropy; Fabric makes a model's output fp32.
+#: "slices": bf16 logits in 8 slices that the loop holds, and their fp32 log-softmax; gradients of a slice at a time.
+#: Source: torchtune's CEWithChunkedOutputLoss.
+LOGITS = {
+    "full": Logits(2 + 2 * FP32, FP32, 2 * FP32, BF16),
+    "shifted": Logits(2 + 3 * FP32, FP32, 2 * FP32, FP32),
+    "half": Logits(3 * BF16, BF16, 2 * BF16, BF16),
+    "rows": Logits(2 * FP32, 2 * FP32, 0, 0),
+    "slices": Logits(BF16 + FP32, BF16 + FP32, 1, 0),
+}
+LOSS = (*LOGITS, "chunked")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Over how many GPUs a copy of the model is split; all numbers are for one of them.
+
+    weights     FSDP, ZeRO-3: every GPU holds its share of the base, and gathers what it computes with
+    states      gradients and optimizer states: as `weights`, or alone in ZeRO-2 and Megatron's distributed optimizer
+    unsynced    micro-batches accumulate whole gradients, which are scattered once a step (FSDP's no_sync)
+    offload     shares of weights, gradients and states wait in host memory
+    buckets     bytes in which gradients are collected before they are reduced
+    frozen      frozen weights have gradients too: FSDP 1 where a unit mixes them with trained ones
+    """
+
+    weights: int = 1
+    states: int = 1
+    unsynced: bool = False
+    frozen: bool = False
+    offload: bool = False
+    buckets: float = 0.0
+
+
+ALONE = Split()
+#: layers that FSDP has gathered at once: the one that computes and the next
+GATHERED = 2
+INT32 = 4
+#: parameters that DeepSpeed's ZeRO-3 updates at once
+SUB_GROUP = 1e9
+
 # fmt: off
 OPTIMIZERS = {
     "adamw":         Optimizer(2, 0, 1),  # torch's default on a GPU is foreach
@@ -66,10 +128,13 @@ OPTIMIZERS = {
     "adamw-loop":    Optimizer(2, 0, 0, 2),  # torch's default on a CPU: sqrt(v), and its quotient
     "adamw-fused":   Optimizer(2, 0, 0),
     "adamw-8bit":    Optimizer(0, 2 * (1 + 4 / 256), 0),  # blocks of 256 with an fp32 scale each
+    "adamw-4bit":    Optimizer(0, 2 * (1 / 2 + 4 / 128), 0),  # torchao: blocks of 128
 }
 #: bits per parameter of a quantised base: 4-bit codes, and a constant per block of 64; with double
-#: quantisation 8 bits each and an fp32 constant per 256 of them, else fp32 each
-QUANTISED_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "nf4-single": 4 + 32 / 64}
+#: quantisation 8 bits each and an fp32 constant per 256 of them, else fp32 each. GPTQ: 4-bit codes, and an fp16 scale
+#: and a 4-bit zero per group of 128. LLM.int8: a scale per row, not worth counting
+QUANTISED_BITS = {"nf4": 4 + 8 / 64 + 32 / (64 * 256), "nf4-single": 4 + 32 / 64, "gptq": 4 + (16 + 4) / 128,
+                  "int8": 8.0}
 # fmt: on
 
 
@@ -86,6 +151,13 @@ class Options(TypedDict, total=False):
     keep_logits: bool
     accumulate: bool
     upcast: bool
+    frozen_inputs: bool
+    quantised_experts: bool
+    in_backward: bool
+    offload_activations: bool
+    split: Split
+    also_trained: float
+    also_kept: tuple[activations.Kept, ...]
     known: Mapping[str, Constant] | None
 
 
@@ -118,7 +190,7 @@ class MemoryPlan:
     """Every phase, the peak with its 90 % interval, and the largest term of the peak.
 
     `allocated`: the peak without CUDA context and allocator, as torch.cuda.max_memory_allocated counts.
-    `p_fit`: only where a capacity was given.
+    `moving`: the part of it that comes and goes within a step. `p_fit`: only where a capacity was given.
     """
 
     phases: dict[str, Ledger]
@@ -126,6 +198,7 @@ class MemoryPlan:
     peak: Estimate
     dominating: Term
     allocated: float
+    moving: float = 0.0
     p_fit: float | None = None
     warnings: tuple[str, ...] = ()
 
@@ -144,19 +217,24 @@ def bytes_per_param(dtype: str) -> float:
 
 
 @lru_cache(maxsize=4096)
-def weights(model: Model, dtype: str, upcast: bool = False) -> tuple[float, int]:
-    """Bytes of the frozen base, and parameters that a 4-bit base leaves unquantised.
+def weights(model: Model, dtype: str, upcast: bool = False, experts_too: bool = False) -> tuple[float, int]:
+    """Bytes of the frozen base, and parameters that a quantised base leaves as they are.
 
-        P * bytes(dtype);   4-bit: only nn.Linear and Conv1D rows inside the layers, all else in bf16
+        P * bytes(dtype);   4 and 8 bit: only nn.Linear and Conv1D rows inside the layers, all else in bf16
 
     bitsandbytes replaces modules, so embeddings, lm_head, norms, routers that are bare parameters and
-    transformers 5's fused (3-D) experts stay as they are. `upcast`: peft's prepare_model_for_kbit_training
-    makes all of these fp32.
+    transformers 5's fused (3-D) experts stay as they are; `experts_too` where they are modules, as before
+    transformers 5, or a trainer quantises them itself. `upcast`: peft's prepare_model_for_kbit_training
+    makes all that is unquantised fp32.
     """
     if dtype not in QUANTISED_BITS:
         return model.total * bytes_per_param(dtype), model.total
     rows = (*model.linears, *model.tower)
-    quantised = sum(row.d_in * row.d_out * row.count for row in rows if row.kind != PARAMETER)
+    quantised = sum(
+        row.d_in * row.d_out * row.count
+        for row in rows
+        if row.kind != PARAMETER or (experts_too and row.group == "experts")
+    )
     rest = model.total - quantised
     return quantised * bytes_per_param(dtype) + rest * (FP32 if upcast else BF16), rest
 
@@ -194,18 +272,34 @@ def chunked_logits(model: Model, tokens: float) -> float:
 
 @lru_cache(maxsize=4096)
 def dequantised(model: Model, dtype: str) -> int:
-    """The largest matrix in bf16: a 4-bit matrix is unpacked whole before it is multiplied."""
+    """The largest matrix in bf16: a 4-bit matrix is unpacked whole before it is multiplied.
+
+    GPTQ's fallback kernel is plain torch: autograd keeps the unpacked matrices of the layer that is undone, and
+    unpacking goes through 32-bit integers.
+    """
     if dtype not in QUANTISED_BITS:
         return 0
     rows = [row for row in (*model.linears, *model.tower) if row.kind != PARAMETER]
-    return max((BF16 * row.d_in * row.d_out for row in rows), default=0)
+    largest = max((row.d_in * row.d_out for row in rows), default=0)
+    if dtype == "gptq":
+        layers = [
+            sum(BF16 * r.d_in * r.d_out * r.count for r in b.linears if r.kind != PARAMETER) for b in model.blocks
+        ]
+        return max(layers, default=0) + INT32 * largest
+    return BF16 * largest
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Everything that does not depend on batch and length: bytes, and the coefficients of tokens."""
+    """Everything that does not depend on batch and length: bytes, and the coefficients of tokens.
+
+    `outside`: bytes of the base that are outside of the layers, in the width that computes. `largest`: bytes of the
+    largest trained tensor.
+    """
 
     base: float
+    outside: float
+    largest: float
     adapters: float
     grads: float
     states: float
@@ -224,20 +318,28 @@ class Shape:
 
 
 @lru_cache(maxsize=4096)
-def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_precision: str, upcast: bool) -> Shape:
+def shape(
+    model: Model,
+    method: Method,
+    setup: Setup,
+    optimizer: str,
+    full_precision: str,
+    upcast: bool,
+    experts_too: bool = False,
+) -> Shape:
     opt = OPTIMIZERS[optimizer]
     trainable = trainable_params(model, method)
     warnings: list[str] = []
     if method.is_full:
-        width = BF16 if full_precision == "bf16" else FP32
+        width = BF16 if full_precision in ("bf16", "master") else FP32
         base, adapters = float(width * (model.total - model.groups["vision"])), 0.0
         base += BF16 * model.groups["vision"]  # a tower that text never passes is left frozen
         trainable -= model.groups["vision"]
         if model.groups["vision"]:
             warnings.append("the vision tower is counted as frozen weights: text passes no gradient through it")
         matrices = sum(row.params for row in model.linears) + model.head.params
-        cast = BF16 * matrices if setup.autocast else 0.0
-        stream = BF16 if full_precision == "bf16" else FP32
+        cast = BF16 * matrices if setup.autocast and full_precision == "mixed" else 0.0
+        stream = BF16 if full_precision in ("bf16", "master") else FP32
         last = model.blocks[model.order[0]]
         late = float(width) * (sum(row.params for row in last.linears) + (0 if model.tied else model.embed.params))
         summed = 2.0 * width * model.embed.params if model.tied else 0.0
@@ -247,14 +349,14 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
     else:
         late = summed = 0.0
         width = BYTES[method.adapter_dtype]
-        base, rest = weights(model, method.base_dtype, upcast)
+        base, rest = weights(model, method.base_dtype, upcast, experts_too)
         adapters = float(stored_params(model, method) * width)
         cast = BF16 * adapters / width if setup.autocast and width == FP32 else 0.0
         stream = FP32 if upcast or setup.fp32 else BF16
         largest = max((a.rank * max(a.linear.d_in, a.linear.d_out) for a in adapter_table(model, method).adapters),
                       default=0)  # fmt: skip
         if method.base_dtype in QUANTISED_BITS:
-            warnings += _quantisation_warnings(model, rest, upcast)
+            warnings += _quantisation_warnings(model, rest, upcast, experts_too)
         if any(a.fused for a in adapter_table(model, method).adapters):
             warnings.append("peft adapts fused experts by building W + B A of all experts in every layer")
     kept, layer = activations.layers(model, method, setup)
@@ -263,12 +365,19 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
         warnings.append("state-space layers: no published memory measurement, the interval is wide")
     elif experts(model):
         warnings.append("no measured peak of a mixture of experts is used: the interval is that of dense models")
+    states = trainable * (opt.per_dtype_byte * width + opt.fixed)
+    temporary = (trainable * opt.temporary + largest * opt.largest) * width
+    if full_precision == "master" and method.is_full:
+        states = trainable * (FP32 + opt.per_dtype_byte * FP32 + opt.fixed)
+        temporary = 2.0 * FP32 * trainable  # fp32 gradients, and one copy; of a part of SUB_GROUP at a time
     return Shape(
         base=base,
+        largest=float(largest * width),
+        outside=float(BF16 * (model.embed.params + (0 if model.tied else model.head.params))),
         adapters=adapters,
         grads=float(trainable * width),
-        states=trainable * (opt.per_dtype_byte * width + opt.fixed),
-        temporary=(trainable * opt.temporary + largest * opt.largest) * width,
+        states=states,
+        temporary=temporary,
         cast=cast,
         dequantised=dequantised(model, method.base_dtype) if not method.is_full else 0,
         stream=stream,
@@ -283,10 +392,10 @@ def shape(model: Model, method: Method, setup: Setup, optimizer: str, full_preci
     )
 
 
-def _quantisation_warnings(model: Model, rest: int, upcast: bool) -> list[str]:
+def _quantisation_warnings(model: Model, rest: int, upcast: bool, experts_too: bool) -> list[str]:
     found = []
     bare = sum(row.params for row in model.linears if row.kind == PARAMETER and row.group == "experts")
-    if bare:
+    if bare and not experts_too:
         found.append(f"4-bit loading skips the fused experts: {bare / model.total:.0%} of the parameters stay in bf16")
     if not upcast:
         found.append(
@@ -312,19 +421,33 @@ def memory(
     keep_logits: bool = False,
     accumulate: bool = False,
     upcast: bool = False,
+    frozen_inputs: bool = False,
+    quantised_experts: bool = False,
+    in_backward: bool = False,
+    offload_activations: bool = False,
+    split: Split = ALONE,
+    also_trained: float = 0,
+    also_kept: tuple[activations.Kept, ...] = (),
     gpu_memory_bytes: float | None = None,
     known: Mapping[str, Constant] | None = None,
 ) -> MemoryPlan:
     """Peak memory of one training step on one GPU, by phase and term.
 
     full_precision: "mixed" is fp32 weights under bf16 autocast, 16 bytes a parameter with its gradient and
-    AdamW's states; "bf16" is a model loaded and trained in bf16, 8 bytes a parameter.
+    AdamW's states; "bf16" is a model loaded and trained in bf16, 8 bytes a parameter; "master" keeps weights and
+    gradients in bf16 and fp32 copies among the states, 16 bytes, as DeepSpeed does.
     autocast: matrices cast fp32 inputs to bf16, as Trainer(bf16=True) does with fp32 adapters.
     "fp32": nothing is cast, 16 bytes a parameter; LoRA is so on a float32 base without autocast.
     padded: the batch needs an attention mask; by default where it has more than one sample. False: there is
     surely none, so that k and v are not repeated for grouped queries either.
     keep_logits: the loop holds the model's output while it calls backward (`out.loss.backward()`).
-    accumulate: gradients of an earlier micro-batch are alive. upcast: see `weights`.
+    accumulate: gradients of an earlier micro-batch are alive. upcast, quantised_experts: see `weights`.
+    checkpointing "selective": every second product and the attention's output are kept, all else is recomputed.
+    Source: torchtitan's op-level policy.
+    in_backward: each gradient is applied and freed as soon as it is there, so that only the largest tensor's is alive.
+    offload_activations: what is kept of the layers waits in host memory.
+    also_trained: parameters that are trained beside the adapters, in the base's dtype if they are a copy of one of its
+    modules (peft's modules_to_save). also_kept: bytes that all layers of a trainer keep beside those of transformers'.
     known: fitted constants of one GPU and stack; by default those of `constants()`.
     """
     _check(micro_batch, seq_len, checkpointing, attention, optimizer, loss, full_precision)
@@ -333,8 +456,13 @@ def memory(
     upcast = upcast and method.base_dtype in QUANTISED_BITS and not method.is_full
     fp32 = full_precision == "fp32" if method.is_full else method.base_dtype == "float32" and not autocast
     width = FP32 if fp32 or (upcast and not autocast) else BF16
-    setup = Setup(attention, autocast or mixed, is_padded, width, fp32, padded is not False)
-    s = shape(model, method, setup, optimizer, full_precision, upcast)
+    setup = Setup(attention, autocast or mixed, is_padded, width, fp32, padded is not False, frozen_inputs)
+    s = shape(model, method, setup, optimizer, full_precision, upcast, quantised_experts)
+    master = method.is_full and full_precision == "master"
+    s = _with(s, also_trained, optimizer, split, BF16 * model.total if split.frozen else 0, master)
+    if in_backward:
+        share = s.largest / max(1.0, s.grads)
+        s = replace(s, grads=min(s.grads, s.largest), temporary=min(1.0, share) * s.temporary, late=0.0)
     tokens = micro_batch * seq_len
     pairs = tokens * seq_len
 
@@ -343,6 +471,10 @@ def memory(
         load.append(Term("adapters", s.adapters, EXACT, "params.stored_params"))
     grads = Term("gradients", s.grads, DERIVED, "params.trainable_params")
     resting = [*load, Term("optimizer states", s.states, DERIVED, "memory.OPTIMIZERS")]
+    stepping = [*resting, grads]
+    if s.temporary:
+        stepping.append(Term("optimizer temporary", s.temporary, DERIVED, "memory.OPTIMIZERS"))
+    resting += _gathered(model, method, s, split)
     running = [*resting, grads] if accumulate else resting
 
     cast = [Term("autocast copies", s.cast, DERIVED, "activations.adapter")] if s.cast else []
@@ -350,24 +482,32 @@ def memory(
         kept = [Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store")]
         if is_padded and attention == "sdpa":
             kept.append(Term("mask", float(pairs), DERIVED, "activations.attention"))
+    elif checkpointing == "selective":
+        kept = [Term("checkpoints", checkpoint_store(model, tokens, s.stream), DERIVED, "memory.checkpoint_store"),
+                Term("selected", selected(model, setup) * tokens, DERIVED, "memory.selected")]  # fmt: skip
     else:
         kept = [
-            Term(k.name, k.token * tokens + k.pair * pairs + k.fixed, DERIVED, f"activations.{WHY[k.name]}")
-            for k in s.kept
+            Term(k.name, k.token * tokens + k.pair * pairs + k.fixed, DERIVED, f"activations.{WHY.get(k.name, k.name)}")
+            for k in (*s.kept, *also_kept)
         ]
         kept += cast
+    if offload_activations:
+        kept = [replace(term, value=0.0) for term in kept]
     tail = Term("head", s.head * tokens, DERIVED, "activations.head")
     output = []
     if keep_logits and loss == "full":
         output = [Term("model output", float(width * tokens * model.vocab_size), DERIVED, "memory.memory")]
+    elif keep_logits and loss in LOGITS:
+        held = LOGITS[loss].output
+        output = [Term("model output", float(held * tokens * model.vocab_size), DERIVED, "memory.LOGITS")]
     at_loss = [*running, *kept, tail, *output, *_loss(model, tokens, loss)]
     forward = [*running, *kept, tail, _forward_logits(model, tokens, loss, width)]
-    if cast and checkpointing == "full":
+    if cast and checkpointing != "none":
         forward += cast  # autocast forgets them when it ends, unless the graph still needs them
 
     undone = _undone(s, tokens, pairs)
     first = [*running, *kept, *output, *undone[1:]]
-    if checkpointing == "full":
+    if checkpointing != "none":
         first = [*running, *_without_own_input(kept, model, setup), *output, *undone]
     last = [*running, *output, *undone]
     end = [*running, *output]
@@ -376,12 +516,77 @@ def memory(
     if not accumulate:
         last.append(replace(grads, value=grads.value - s.late))
         end.append(grads)
-    stepping = [*resting, grads]
-    if s.temporary:
-        stepping.append(Term("optimizer temporary", s.temporary, DERIVED, "memory.OPTIMIZERS"))
     backward = max((at_loss, first, last, end), key=_sum)
     phases = {"load": load, "forward": forward, "backward": backward, "optimizer": stepping}
-    return _plan(phases, s, gpu_memory_bytes, known or constants())
+    still = {"load": _sum(load), "optimizer": _sum(stepping[: len(load) + 2])}
+    still |= dict.fromkeys(("forward", "backward"), _sum(running))
+    return _plan(phases, s, still, gpu_memory_bytes, known or constants())
+
+
+def _with(s: Shape, also_trained: float, optimizer: str, split: Split, frozen: float, master: bool) -> Shape:
+    """The shape with what is trained beside, and a GPU's share of what is split."""
+    opt = OPTIMIZERS[optimizer]
+    extra = also_trained * BF16
+    s = replace(
+        s,
+        adapters=s.adapters + extra,
+        grads=s.grads + extra,
+        states=s.states + extra * opt.per_dtype_byte + also_trained * opt.fixed,
+        temporary=s.temporary + extra * opt.temporary,
+    )
+    if split == ALONE:
+        return s
+    if split.offload:
+        return replace(s, base=0.0, adapters=0.0, grads=0.0, states=0.0, temporary=0.0, late=0.0, summed=0.0, cast=0.0)
+    return replace(
+        s,
+        base=s.base / split.weights,
+        adapters=s.adapters / split.weights,
+        grads=max(s.grads, frozen) / (1 if split.unsynced else split.states),
+        states=s.states / split.states,
+        temporary=min(s.temporary / split.states, 2.0 * FP32 * SUB_GROUP) if master else s.temporary / split.states,
+        late=s.late / (1 if split.unsynced else split.states),
+        summed=s.summed / split.states,
+        cast=0.0,  # what is gathered is bf16 already
+    )
+
+
+def _gathered(model: Model, method: Method, s: Shape, split: Split) -> list[Term]:
+    """What FSDP and ZeRO-3 gather from all GPUs to compute with it, and the gradients before they are scattered.
+
+        outside the layers + GATHERED layers, in bf16 or as they are stored;  full fine-tuning: as much of gradients
+
+    Assumed: FSDP wraps each layer, and what is outside of layers (embedding, head) as one.
+    """
+    buckets = [Term("communication buckets", split.buckets, ASSUMED, "memory.Split")] if split.buckets else []
+    if split.weights == 1:
+        return buckets
+    dtype = method.base_dtype if not method.is_full else "bfloat16"
+    whole = weights(model, dtype)[0] - s.outside
+    layers = GATHERED * max(whole, 0.0) / model.layers
+    found = [
+        Term("gathered weights", s.outside + layers, ASSUMED, "memory.memory", s.outside / 2, s.outside + 2 * layers)
+    ]
+    if method.is_full:
+        scattered = s.outside + layers / GATHERED
+        found.append(Term("gradients to scatter", scattered, ASSUMED, "memory.memory", scattered / 2, 2 * scattered))
+    return found + buckets
+
+
+def selected(model: Model, setup: Setup) -> float:
+    """Bytes a token that the op-level policy keeps: the outputs of every second matrix of a layer, counted from the
+    first, and what attention returns.
+
+    >>> from lora_planner.arch import from_config
+    >>> selected(from_config({"model_type": "llama"}), Setup("flash")) / 32 / 4096  # q, v, gate, down, attention
+    13.375
+    """
+    total = 0.0
+    for block in model.blocks:
+        rows = [row.d_out * max(row.used, row.computed) for i, row in enumerate(block.linears) if i % 2 == 0]
+        out = block.mixer.heads * block.mixer.v_head_dim if isinstance(block.mixer, Attention) else 0
+        total += block.count * (setup.width if setup.fp32 else BF16) * (sum(rows) + out)
+    return total
 
 
 def _without_own_input(kept: list[Term], model: Model, setup: Setup) -> list[Term]:
@@ -399,6 +604,12 @@ def _loss(model: Model, tokens: int, loss: str) -> list[Term]:
     """The head's part of the peak when the backward pass starts."""
     if loss == "chunked":
         return [_chunk(model, tokens)]
+    if loss != "full":
+        each, n = LOGITS[loss], tokens * model.vocab_size
+        found = [Term("logits", float(each.kept * n), DERIVED, "memory.LOGITS")]
+        if each.gradients:
+            found.append(Term("logit gradients", float(each.gradients * n), DERIVED, "memory.LOGITS"))
+        return found
     return [
         Term("logits", log_softmax(model.vocab_size, tokens), DERIVED, "memory.log_softmax"),
         Term("logit gradients", logit_gradients(model.vocab_size, tokens), DERIVED, "memory.logit_gradients"),
@@ -409,7 +620,7 @@ def _forward_logits(model: Model, tokens: int, loss: str, width: int) -> Term:
     """The head's output, its fp32 copy (the output itself if that is fp32) and the log-softmax."""
     if loss == "chunked":
         return _chunk(model, tokens)
-    copies = (width if width == BF16 else 0) + 2 * FP32
+    copies = LOGITS[loss].forward if loss != "full" else (width if width == BF16 else 0) + 2 * FP32
     return Term("logits", float(copies * tokens * model.vocab_size), DERIVED, "memory.log_softmax")
 
 
@@ -443,19 +654,22 @@ WHY = {
 }  # fmt: skip
 
 
-def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None, known: Mapping[str, Constant]) -> MemoryPlan:
-    """Add what the GPU takes besides tensors, and the interval that measurements leave."""
+def _plan(
+    phases: dict[str, list[Term]],
+    s: Shape,
+    still: Mapping[str, float],
+    capacity: float | None,
+    known: Mapping[str, Constant],
+) -> MemoryPlan:
+    """Add what the GPU takes besides tensors, and the interval that measurements leave.
+
+    `still`: bytes that stay where they are from step to step, which no allocator fragments.
+    """
     ledgers, allocated = {}, {}
     for name, terms in phases.items():
-        tensors = _sum(terms)
-        beside = [
-            _fitted("allocator", known["allocator_fraction"], tensors - s.base),  # of what comes and goes
-            _fitted("workspace", known["workspace_bytes"]),
-            _fitted("unexplained", known["unexplained"], tensors),
-            _fitted("CUDA context", known["cuda_context_bytes"]),
-        ]
+        allocated[name] = _sum(terms)
+        beside = _beside(allocated[name], max(0.0, allocated[name] - still[name]), known)
         ledgers[name] = Ledger("memory", "B", terms + beside, f"one GPU, {name}")
-        allocated[name] = tensors
     peak_phase = max(ledgers, key=lambda name: ledgers[name].total)
     peak = interval(ledgers[peak_phase].total, s.base, s.scans, known)
     return MemoryPlan(
@@ -464,9 +678,114 @@ def _plan(phases: dict[str, list[Term]], s: Shape, capacity: float | None, known
         peak=peak,
         dominating=ledgers[peak_phase].largest(),
         allocated=allocated[peak_phase],
+        moving=max(0.0, allocated[peak_phase] - still[peak_phase]),
         p_fit=None if capacity is None else p_fit(peak, capacity),
         warnings=s.warnings,
     )
+
+
+def _beside(tensors: float, moving: float, known: Mapping[str, Constant]) -> list[Term]:
+    """What the GPU takes besides tensors."""
+    return [
+        _fitted("allocator", known["allocator_fraction"], moving),
+        _fitted("workspace", known["workspace_bytes"]),
+        _fitted("unexplained", known["unexplained"], tensors),
+        _fitted("CUDA context", known["cuda_context_bytes"]),
+    ]
+
+
+def with_the_rest(tensors: Ledger, known: Mapping[str, Constant]) -> MemoryPlan:
+    """A plan of one phase, from the ledger of its tensors."""
+    resting = sum(tensors[name] for name in ("weights", "gradients", "optimizer states"))
+    moving = tensors.total - resting
+    ledger = replace(tensors, terms=tensors.terms + _beside(tensors.total, moving, known))
+    peak = interval(ledger.total, tensors["weights"], False, known)
+    return MemoryPlan({"step": ledger}, "step", peak, ledger.largest(), tensors.total, moving)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Megatron's: GPUs that share the matrices of a layer, the layers, the sequence, the experts; `data` copies of the
+    rest; `waiting`: micro-batches of a step, of which a stage holds as many as stages come after it, and its own."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    data: int = 1
+    waiting: int = 1
+
+
+def megatron(model: Model, *, micro_batch: int, seq_len: int, layout: Layout, recompute: bool = False) -> Ledger:
+    """Tensors of full training on one GPU of the fullest stage, with the distributed optimizer.
+
+        parameters of the stage   2 B, and 4 B of fp32 gradients that stay
+        states                    12 B over data * context copies (experts: over their own copies)
+        a layer and a token       bf16, all over tensor (sequence parallel):
+                                  norms' inputs 2 H each, inputs of matrices, q, k, v, what the activation reads
+        logits                    (2 + 4) T V on the last stage
+
+    Source: Megatron-Core with Transformer Engine's fused norms and attention, no bias, no dropout.
+
+    >>> from lora_planner.arch import from_config
+    >>> small = from_config({"model_type": "llama", "num_hidden_layers": 4})
+    >>> whole, half = (megatron(small, micro_batch=1, seq_len=4096, layout=Layout(n)).total for n in (1, 2))
+    >>> whole / half
+    2.0
+    """
+    stages = min(layout.pipeline, model.layers)
+    tokens = micro_batch * -(-seq_len // layout.context)
+    each = (_stage(model, tokens, layout, stages, i, recompute) for i in range(stages))
+    return max(each, key=lambda ledger: ledger.total)
+
+
+def _stage(model: Model, tokens: int, w: Layout, stages: int, index: int, recompute: bool) -> Ledger:
+    """The stage that has the `index`-th share of the layers."""
+    first, last = (model.layers * (index + i) // stages for i in (0, 1))
+    blocks = [model.blocks[kind] for kind in model.order[first:last]]
+    rows = [row for block in blocks for row in block.linears]
+    experts = sum(row.params for row in rows if row.group == "experts") / w.expert
+    rest = sum(row.params for row in rows if row.group != "experts")
+    rest += model.embed.params if index == 0 else 0
+    rest += model.head.params if index == stages - 1 and not (model.tied and stages == 1) else 0
+    other = rest / w.tensor
+    copies = w.data * w.context
+    own = max(1.0, copies * w.tensor / w.expert)  # GPUs that hold the same experts
+    held = min(stages - index, w.waiting)
+    kept = sum(_megatron_layer(block) for block in blocks) / w.tensor
+    terms = [
+        Term("weights", BF16 * (other + experts), EXACT, "memory.megatron"),
+        Term("gradients", FP32 * (other + experts), DERIVED, "memory.megatron"),
+        Term("optimizer states", 3 * FP32 * (other / copies + experts / own), DERIVED, "memory.megatron"),
+    ]
+    if recompute:
+        store = BF16 * model.hidden_size * len(blocks) / w.tensor
+        terms.append(Term("checkpoints", store * tokens * held, DERIVED, "memory.checkpoint_store"))
+        terms.append(Term("one layer", kept * tokens / max(1, len(blocks)), DERIVED, "memory.megatron"))
+    else:
+        terms.append(Term("layers", kept * tokens * held, DERIVED, "memory.megatron"))
+    if index == stages - 1:
+        logits = (BF16 + FP32) * tokens * model.vocab_size / w.tensor
+        terms.append(Term("logits", logits, DERIVED, "memory.megatron"))
+    return Ledger("memory", "B", terms, f"one GPU, stage {index + 1} of {stages}")
+
+
+def _megatron_layer(block: Block) -> float:
+    """Bytes of a token that one layer keeps."""
+    total = sum(float(BF16 * weight.width) for weight in block.weights if weight.width)
+    read: dict[tuple[tuple[str, ...], int, int], float] = {}
+    names = {row.name for row in block.linears if row.group in ("mlp_dense", "shared", "experts")}
+    for row in block.linears:
+        times = row.used if row.group == "experts" else 1
+        read[row.reads, row.d_in, times] = float(BF16 * row.d_in * times)
+        if row.name in names and not set(row.reads) & names:
+            total += BF16 * row.d_out * times  # gate and up
+        elif row.group == "experts":
+            total += BF16 * row.d_out * times  # weighted by the router
+    if isinstance(block.mixer, Attention):
+        m = block.mixer
+        total += BF16 * (m.heads * m.qk_head_dim + m.kv_heads * (m.qk_head_dim + m.v_head_dim)) + FP32 * m.heads
+    return total + sum(read.values())
 
 
 def _fitted(name: str, c: Constant, of: float = 1.0) -> Term:

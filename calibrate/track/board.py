@@ -79,7 +79,7 @@ def reasons(cases: Sequence[Case]) -> list[tuple[str, int]]:
 
 
 def worst(cases: Sequence[Case], n: int = WORST) -> list[Case]:
-    off = [case for case in cases if case.error is not None]
+    off = [case for case in cases if case.error]
     return sorted(off, key=lambda c: (-abs(math.log(max(1 + (c.error or 0.0), 1e-12))), c.label))[:n]
 
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from calibrate.track import TABLES, board, kind_of, read
+import numpy as np
+
+from calibrate.track import TABLES, Row, board, kind_of, read
 from calibrate.track.case import Case
+
+#: written by benchmarks/peers.py: predictions of other planners on the same rows, made in one run with ours
+PEERS = Path(__file__).parent / "peers.csv"
+OURS = ("ours", "ours, source left out")
+OTHERS = ("fitcheck", "ftune")
 
 READING = """\
 Each row of a published table is predicted by the planner and held against what its source measured. `error` is \
@@ -40,9 +48,40 @@ def record() -> str:
             lines += board.section("Left out", without[quantity])
         if quantity in shipped:
             lines += board.section("As shipped", shipped[quantity])
-    return "\n".join(lines)
+    return "\n".join([*lines, *beside(read(PEERS))])
 
 
 def _headlines(shipped: dict[str, list[Case]], without: dict[str, list[Case]]) -> list[tuple[str, Sequence[Case]]]:
-    found: list[tuple[str, Sequence[Case]]] = [(f"{quantity}, left out", some) for quantity, some in without.items()]
+    found: list[tuple[str, Sequence[Case]]] = [
+        (quantity if quantity.endswith("left out") else f"{quantity}, left out", some)
+        for quantity, some in without.items()
+    ]
     return found + [(f"{quantity}, as shipped", some) for quantity, some in shipped.items()]
+
+
+def beside(rows: Sequence[Row]) -> list[str]:
+    """Other planners on the rows that each of them and ours, with the row's source left out, can predict."""
+    lines = ["## Beside other planners", "",
+             "FitCheck 0.3.1 and ftune 0.4.1, both MIT, on the same rows in the same run as ours "
+             "(`python -m benchmarks.peers`): each on the rows that it can predict and that ours predicts with the row's source "
+             "left out of every fit.", "",
+             "| quantity | planner | rows | median | p95 | worst | ours there: median | p95 | worst |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        some = [row for row in rows if row["quantity"] == quantity and not row["bound"]]
+        for other in OTHERS:
+            both = [row for row in some if row[other] and row[OURS[1]]]
+            if both:
+                theirs, mine = (_errors(both, name) for name in (other, OURS[1]))
+                lines.append(
+                    f"| {board.inert(quantity)} | {other} | {len(both)} | {' | '.join([*_three(theirs), *_three(mine)])} |"
+                )
+    return [*lines, ""]
+
+
+def _errors(rows: Sequence[Row], planner: str) -> list[float]:
+    return [abs(float(row[planner]) / float(row["measured"]) - 1) for row in rows]
+
+
+def _three(errors: Sequence[float]) -> list[str]:
+    return [board.percent(float(x)) for x in (np.median(errors), np.quantile(errors, 0.95), max(errors))]
