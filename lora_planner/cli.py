@@ -13,7 +13,9 @@ import click
 
 from lora_planner import __version__
 from lora_planner.commands.budget import budget
+from lora_planner.commands.check import check
 from lora_planner.commands.compare import compare
+from lora_planner.commands.export import export
 from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
 from lora_planner.options import (
     ADAPTER,
@@ -69,7 +71,7 @@ def main() -> None:
     """
 
 
-for command in (budget, compare):
+for command in (budget, check, compare, export):
     main.add_command(command)
 
 

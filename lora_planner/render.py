@@ -280,6 +280,13 @@ def advice_object(advice: Advice) -> dict[str, Any]:
         r = advice.rejected
         rejected = {"code": r.code, "reason": r.reason, "fix": r.fix, "plan": priced_object(r.priced)}
     result = {
+        "job": {
+            "objective": job.objective,
+            "epochs": job.epochs,
+            "max_length": job.max_length,
+            "problems": job.problems,
+            "group": job.group if job.rl else None,
+        },
         "data": data,
         "need_bits": plain(advice.need.bits),
         "rank": plain(advice.rank),
@@ -319,17 +326,17 @@ def grid(rows: Sequence[tuple[str, Any]]) -> Any:
     return grid
 
 
-def _text(*parts: str | tuple[str, str]) -> Any:
+def styled(*parts: str | tuple[str, str]) -> Any:
     from rich.text import Text
 
     return Text.assemble(*parts)
 
 
-def _dim(text: str) -> tuple[str, str]:
+def dim(text: str) -> tuple[str, str]:
     return text, "dim"
 
 
-def _basis(text: str) -> tuple[str, str]:
+def basis_note(text: str) -> tuple[str, str]:
     """What kind of number stands before it."""
     return f"({text})", "dim"
 
@@ -347,13 +354,13 @@ def _recipe(p: Priced) -> list[Any]:
     c, m = p.configuration, p.configuration.method
     share = units.percent(p.trainable / c.model.total)
     if m.is_full:
-        return [_text(("full fine-tuning", "bold green"), f", all {units.count(p.trainable)} parameters")]
+        return [styled(("full fine-tuning", "bold green"), f", all {units.count(p.trainable)} parameters")]
     rows = [
-        _text((method_line(p), "bold green"), f"  alpha {m.alpha:g}, scale {m.scaling:g}"),
-        _text(f"{p.trainable:,} trained ({share}), adapter file {units.gib(p.file_bytes)} ", _basis("exact")),
+        styled((method_line(p), "bold green"), f"  alpha {m.alpha:g}, scale {m.scaling:g}"),
+        styled(f"{p.trainable:,} trained ({share}), adapter file {units.gib(p.file_bytes)} ", basis_note("exact")),
     ]
     if c.model.active != c.model.total:
-        rows.append(_text(f"experts: {m.experts}"))
+        rows.append(styled(f"experts: {m.experts}"))
     return rows
 
 
@@ -362,9 +369,9 @@ def _memory_lines(p: Priced) -> list[Any]:
     assert c.gpu and p.memory
     peak, p_fit = p.memory.peak, p.p_fit or 0.0
     word = ("yes", "bold green") if p_fit >= 0.95 else ("maybe", "bold yellow") if p_fit >= 0.5 else ("no", "bold red")
-    line = _text(word, f", P {p_fit:.2f}: peak {interval(peak, units.gib)} of {units.gib(c.gpu.memory_bytes)} ",
-                 _basis(f"{peak.basis}, {p.memory.peak_phase}"))  # fmt: skip
-    return [line, memory_bar(p), _text(_dim(_largest(p)))]
+    line = styled(word, f", P {p_fit:.2f}: peak {interval(peak, units.gib)} of {units.gib(c.gpu.memory_bytes)} ",
+                 basis_note(f"{peak.basis}, {p.memory.peak_phase}"))  # fmt: skip
+    return [line, memory_bar(p), styled(dim(_largest(p)))]
 
 
 def _largest(p: Priced, most: int = 5) -> str:
@@ -409,32 +416,32 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     rows.append(("run", recipe[0]))
     rows += [("", line) for line in recipe[1:]]
     rows.append(
-        ("", _text(f"LR {interval(lr.lr, units.rate)} ", _basis(lr.lr.basis), f", {lr.schedule.split(' (')[0]}"))
+        ("", styled(f"LR {interval(lr.lr, units.rate)} ", basis_note(lr.lr.basis), f", {lr.schedule.split(' (')[0]}"))
     )
     if lr.labels:
-        rows.append(("", _text(("; ".join(lr.labels), "yellow"))))
+        rows.append(("", styled(("; ".join(lr.labels), "yellow"))))
     if not c.method.is_full:
         sweep = " ".join(units.rate(rate) for rate in lr.sweep)
         rows.append(
-            ("", _text(_dim(f"worth a sweep: {sweep}; full fine-tuning would want {interval(lr.full_lr, units.rate)}")))
+            ("", styled(dim(f"worth a sweep: {sweep}; full fine-tuning would want {interval(lr.full_lr, units.rate)}")))
         )
-    rows.append(("", _text(f"batch {a.effective} = {c.micro_batch} x {a.steps}, {plan.steps:,.0f} steps, "
+    rows.append(("", styled(f"batch {a.effective} = {c.micro_batch} x {a.steps}, {plan.steps:,.0f} steps, "
                            f"checkpointing {c.checkpointing}, attention {c.attention}")))  # fmt: skip
     fits = _memory_lines(p)
     rows.append(("fits", fits[0]))
     rows += [("", line) for line in fits[1:]]
-    rows.append(("time", _text(f"{interval(p.run_s, units.duration)}, {units.count(p.tokens_per_s.value)} tokens/s, "
-                               f"step {units.duration(p.step_s.value)} ", _basis(f"{p.run_s.basis}, stack {c.stack}"))))  # fmt: skip
-    rows.append(("cost", _cost_line(p)))
+    rows.append(("time", styled(f"{interval(p.run_s, units.duration)}, {units.count(p.tokens_per_s.value)} tokens/s, "
+                               f"step {units.duration(p.step_s.value)} ", basis_note(f"{p.run_s.basis}, stack {c.stack}"))))  # fmt: skip
+    rows.append(("cost", cost_line(p)))
     rows.append(("flops", _flops_line(p)))
     rows.append(("capacity", _capacity_line(plan)))
     if not c.method.is_full:
         rows.append(
             (
                 "loss",
-                _text(
+                styled(
                     f"{interval(plan.penalty, units.percent)} above full fine-tuning, predicted ",
-                    _basis(plan.penalty.basis),
+                    basis_note(plan.penalty.basis),
                 ),
             )
         )
@@ -445,17 +452,17 @@ def _flops_line(p: Priced) -> Any:
     """Work a token; for LoRA its share of full fine-tuning's and the rank at which it would cost as much."""
     train, at = p.train(), p.break_even_rank()
     share = f", {p.flop_ratio():.3f} of full fine-tuning (equal at rank {at:.0f})" if at else ""
-    return _text(f"{units.flops(p.forward().total)} forward, {units.flops(train.total)} training a token{share} ",
-                 _basis(train.basis))  # fmt: skip
+    return styled(f"{units.flops(p.forward().total)} forward, {units.flops(train.total)} training a token{share} ",
+                 basis_note(train.basis))  # fmt: skip
 
 
-def _cost_line(p: Priced) -> Any:
+def cost_line(p: Priced) -> Any:
     if p.cost is None:
-        return _text(("no price for this GPU", "yellow"), "; pass --prices FILE")
+        return styled(("no price for this GPU", "yellow"), "; pass --prices FILE")
     row = p.cost.cheapest
     old = f", {p.cost.stale} of {len(p.cost.rows)} prices are stale" if p.cost.stale else ""
-    return _text(f"{interval(p.cost.usd, units.usd)}; cheapest {units.usd(p.cost.cheapest_usd.value)} at {row.provider}, "
-                 f"{row.usd_per_gpu_hour:g}/h as of {row.as_of} ", _basis(p.cost.usd.basis + old))  # fmt: skip
+    return styled(f"{interval(p.cost.usd, units.usd)}; cheapest {units.usd(p.cost.cheapest_usd.value)} at {row.provider}, "
+                 f"{row.usd_per_gpu_hour:g}/h as of {row.as_of} ", basis_note(p.cost.usd.basis + old))  # fmt: skip
 
 
 STYLE = {"surely fits": "green", "contested": "yellow", "surely over": "red"}
@@ -463,22 +470,22 @@ STYLE = {"surely fits": "green", "contested": "yellow", "surely over": "red"}
 
 def _capacity_line(plan: Plan) -> Any:
     if plan.verdict is None:
-        return _text("all parameters train: nothing holds the data back")
+        return styled("all parameters train: nothing holds the data back")
     v = plan.verdict
-    return _text((v.verdict, STYLE[v.verdict]), f": {interval(v.need, units.bits)} to learn at most, "
+    return styled((v.verdict, STYLE[v.verdict]), f": {interval(v.need, units.bits)} to learn at most, "
                  f"the adapter holds {units.bits(v.capacity.low)} to {units.bits(v.capacity.high)} ",
-                 _basis(f"{v.need.basis}; {len(v.judgements)} sources"))  # fmt: skip
+                 basis_note(f"{v.need.basis}; {len(v.judgements)} sources"))  # fmt: skip
 
 
 def _data_rows(advice: Advice) -> list[tuple[str, Any]]:
     job, data = advice.job, advice.job.data
     name = one_line(Path(data.path).name) if data.path else "a number of tokens"
     rows: list[tuple[str, Any]] = []
-    first = _text(f"{name}: {data.examples:,} examples, {interval(data.tokens, units.count)} tokens, "
-                  f"{interval(data.trained_tokens, units.count)} trained ", _basis(data.basis))  # fmt: skip
+    first = styled(f"{name}: {data.examples:,} examples, {interval(data.tokens, units.count)} tokens, "
+                  f"{interval(data.trained_tokens, units.count)} trained ", basis_note(data.basis))  # fmt: skip
     rows.append(("data", first))
     if data.path:
-        rows.append(("", _text(f"lengths p50 {data.p50}, p90 {data.p90}, p99 {data.p99}, longest {data.longest} "
+        rows.append(("", styled(f"lengths p50 {data.p50}, p90 {data.p90}, p99 {data.p99}, longest {data.longest} "
                                f"(line {data.longest_line}); real tokens {data.batch_efficiency:.0%} padded in batches, "
                                f"{data.packing_efficiency:.0%} packed")))  # fmt: skip
     bad = []
@@ -489,9 +496,9 @@ def _data_rows(advice: Advice) -> list[tuple[str, Any]]:
     if data.duplicates:
         bad.append(f"{data.duplicates:,} duplicates")
     if bad:
-        rows.append(("", _text(("; ".join(bad), "yellow"))))
+        rows.append(("", styled(("; ".join(bad), "yellow"))))
     if job.rl:
-        rows.append(("", _text(f"RL: {job.problems:,} problems x {job.group} samples")))
+        rows.append(("", styled(f"RL: {job.problems:,} problems x {job.group} samples")))
     return rows
 
 
@@ -501,17 +508,17 @@ def show_advice(advice: Advice) -> None:
 
     console, job = terminal(), advice.job
     model = job.model
-    rows: list[tuple[str, Any]] = [("model", _text((one_line(model.name), "bold"), f"  {model.total:,} parameters"
+    rows: list[tuple[str, Any]] = [("model", styled((one_line(model.name), "bold"), f"  {model.total:,} parameters"
         + (f", {model.active:,} active" if model.active != model.total else "") + f", {model.layers} layers ",
-        _basis("exact")))]  # fmt: skip
+        basis_note("exact")))]  # fmt: skip
     rows += _data_rows(advice)
     if advice.plan:
         assert advice.plan.configuration.gpu
-        rows.append(("gpu", _text(advice.plan.configuration.gpu.name)))
+        rows.append(("gpu", styled(advice.plan.configuration.gpu.name)))
         rows += _plan_rows(advice.plan)
-        rows.append(("why", _text("; ".join(advice.rank.reasons))))
+        rows.append(("why", styled("; ".join(advice.rank.reasons))))
     else:
-        rows.append(("plan", _text(("nothing satisfies the constraints", "bold red"))))
+        rows.append(("plan", styled(("nothing satisfies the constraints", "bold red"))))
     console.print(grid(rows))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("", "plan", "gpu", "peak", "time", "cost", "loss"):
@@ -526,9 +533,9 @@ def show_advice(advice: Advice) -> None:
     console.print(table)
     if advice.rejected:
         fix = f"; {advice.rejected.fix}" if advice.rejected.fix else ""
-        console.print(_text(_dim(f"rejected: {advice.rejected.reason}{fix}")))
+        console.print(styled(dim(f"rejected: {advice.rejected.reason}{fix}")))
     reasons = ", ".join(f"{n:,} {code}" for code, n in sorted(advice.dropped.items())) or "none dropped"
-    console.print(_text(_dim(f"{advice.considered:,} configurations considered; dropped: {reasons}")))
+    console.print(styled(dim(f"{advice.considered:,} configurations considered; dropped: {reasons}")))
     print_warnings(console, advice.warnings)
 
 
@@ -544,7 +551,7 @@ def print_warnings(console: Any, warnings: Sequence[Warning3]) -> None:
     if not warnings:
         return
     console.print()
-    rows = [("watch" if i == 0 else "", _text((code, "yellow"), f" {one_line(msg)}. ", _dim(fix)))
+    rows = [("watch" if i == 0 else "", styled((code, "yellow"), f" {one_line(msg)}. ", dim(fix)))
             for i, (code, msg, fix) in enumerate(warnings)]  # fmt: skip
     console.print(grid(rows))
 
@@ -552,20 +559,20 @@ def print_warnings(console: Any, warnings: Sequence[Warning3]) -> None:
 def show_estimate(p: Priced) -> None:
     """One explicit configuration on a terminal."""
     console, c = terminal(), p.configuration
-    rows: list[tuple[str, Any]] = [("model", _text((one_line(c.model.name), "bold"), f"  {c.model.total:,} parameters, "
-                                                   f"{c.model.active:,} active ", _basis("exact")))]  # fmt: skip
+    rows: list[tuple[str, Any]] = [("model", styled((one_line(c.model.name), "bold"), f"  {c.model.total:,} parameters, "
+                                                   f"{c.model.active:,} active ", basis_note("exact")))]  # fmt: skip
     recipe = _recipe(p)
     rows += [("run" if i == 0 else "", line) for i, line in enumerate(recipe)]
     rows.append(("flops", _flops_line(p)))
     if c.gpu and p.memory and p.step_s and p.tokens_per_s and p.run_s:
-        rows.append(("gpu", _text(c.gpu.name)))
+        rows.append(("gpu", styled(c.gpu.name)))
         fits = _memory_lines(p)
         rows += [("fits" if i == 0 else "", line) for i, line in enumerate(fits)]
-        rows.append(("time", _text(f"step {interval(p.step_s, units.duration)}, "
-                                   f"{interval(p.tokens_per_s, units.count)} tokens/s ", _basis(p.step_s.basis))))  # fmt: skip
+        rows.append(("time", styled(f"step {interval(p.step_s, units.duration)}, "
+                                   f"{interval(p.tokens_per_s, units.count)} tokens/s ", basis_note(p.step_s.basis))))  # fmt: skip
         if p.run_tokens:
-            rows.append(("run", _text(f"{interval(p.run_s, units.duration)} for {units.count(p.run_tokens)} tokens")))
-            rows.append(("cost", _cost_line(p)))
+            rows.append(("run", styled(f"{interval(p.run_s, units.duration)} for {units.count(p.run_tokens)} tokens")))
+            rows.append(("cost", cost_line(p)))
     console.print(grid(rows))
     print_warnings(console, _all_warnings(p))
 
@@ -575,7 +582,7 @@ def show_explanation(ledger: Ledger) -> None:
     from rich.table import Table
 
     console = terminal()
-    console.print(_text((ledger.quantity, "bold"), f"  {ledger.convention}"))
+    console.print(styled((ledger.quantity, "bold"), f"  {ledger.convention}"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("term")
     table.add_column("value", justify="right", no_wrap=True)
@@ -585,10 +592,10 @@ def show_explanation(ledger: Ledger) -> None:
         value = shown(term.value, ledger.unit)
         if term.low is not None and term.high is not None:
             value += f"\n[{shown(term.low, ledger.unit)}, {shown(term.high, ledger.unit)}]"
-        table.add_row(_text(term.name), _text(value), term.basis, _text(_why(term)))
+        table.add_row(styled(term.name), styled(value), term.basis, styled(_why(term)))
     console.print(table)
     if ledger.adds:
-        console.print(_text("total ", (shown(ledger.total, ledger.unit), "bold"), f" {ledger.basis}"))
+        console.print(styled("total ", (shown(ledger.total, ledger.unit), "bold"), f" {ledger.basis}"))
 
 
 def _why(term: Term) -> str:
@@ -611,9 +618,9 @@ def show_rows(title: str, rows: Sequence[Any]) -> None:
     for i, heading in enumerate(records[0]):
         table.add_column(heading, overflow="fold", no_wrap=i == 0)
     for record in records:
-        table.add_row(*(_text(_cell(value)) for value in record.values()))
+        table.add_row(*(styled(_cell(value)) for value in record.values()))
     console.print(table)
-    console.print(_text(_dim(f"{len(records)} {title}")))
+    console.print(styled(dim(f"{len(records)} {title}")))
 
 
 def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequence[Verdict], out: str) -> None:
@@ -629,12 +636,12 @@ def show_verification(gpu: Gpu, base: str, arms: Sequence[Any], verdicts: Sequen
         cells += [f"{rate:.1e} diverged" for rate in arm.diverged]
         best = f"{arm.best[1]:.3f}" + ("" if arm.bracketed else " (edge)") if arm.losses else "none"
         table.add_row(one_line(arm.name), "  ".join(cells), best)
-    console.print(_text(("base ", "bold"), base, ("  device ", "bold"), gpu.name, _dim("  runs "), _dim(one_line(out))))
+    console.print(styled(("base ", "bold"), base, ("  device ", "bold"), gpu.name, dim("  runs "), dim(one_line(out))))
     console.print(table)
     console.print()
     colours = {"holds": "green", "fails": "red"}
     console.print(
-        grid([(v.claim, _text((v.status, colours.get(v.status, "yellow")), f"  {v.sentence}")) for v in verdicts])
+        grid([(v.claim, styled((v.status, colours.get(v.status, "yellow")), f"  {v.sentence}")) for v in verdicts])
     )
 
 
@@ -652,7 +659,7 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
         old = before.get(row.name)
         table.add_row(row.name, f"{old.value:.3g} [{old.low:.3g}, {old.high:.3g}]" if old else "",
                       f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]", str(row.n))  # fmt: skip
-    console.print(_text((gpu.name, "bold")))
+    console.print(styled((gpu.name, "bold")))
     console.print(table)
     console.print()
     for title, some in errors.items():
@@ -666,7 +673,7 @@ def show_calibration(gpu: Gpu, before: Mapping[str, Constant], rows: Sequence[Co
                           f"{e.worst_before:.1%} -> {e.worst_after:.1%}", f"{e.covered_before} -> {e.covered_after}")  # fmt: skip
         console.print(table)
         console.print()
-    console.print(_text(_dim(f"written to {one_line(path)}; later plans for {gpu.name} use it")))
+    console.print(styled(dim(f"written to {one_line(path)}; later plans for {gpu.name} use it")))
 
 
 def show_claims(entries: Sequence[Any], detailed: bool) -> None:
@@ -682,23 +689,23 @@ def show_claims(entries: Sequence[Any], detailed: bool) -> None:
         for e in entries:
             cost = units.duration(e.cost_s) if e.cost_s else "seconds" if not e.asked else f"{e.asked} runs"
             verdict = (e.verdict.status, colours.get(e.verdict.status, "yellow"))
-            table.add_row(f"{e.id} {e.title}", one_line(e.sentence), one_line(e.source), cost, _text(verdict))
+            table.add_row(f"{e.id} {e.title}", one_line(e.sentence), one_line(e.source), cost, styled(verdict))
         console.print(table)
         return
     for e in entries:
         v = e.verdict
         rows: list[tuple[str, Any]] = [
-            (e.id, _text((v.status, colours.get(v.status, "yellow")), f"  {one_line(e.sentence)}"))
+            (e.id, styled((v.status, colours.get(v.status, "yellow")), f"  {one_line(e.sentence)}"))
         ]
         if v.effect:
-            rows.append(("ours", _text(f"{v.effect.value:.3g} [{v.effect.low:.3g}, {v.effect.high:.3g}] {v.effect.unit}, "
+            rows.append(("ours", styled(f"{v.effect.value:.3g} [{v.effect.low:.3g}, {v.effect.high:.3g}] {v.effect.unit}, "
                                        f"{v.n} runs")))  # fmt: skip
-        rows += [("", _text(one_line(v.sentence))), ("published", _text(_dim(one_line(e.published))))]
+        rows += [("", styled(one_line(v.sentence))), ("published", styled(dim(one_line(e.published))))]
         if v.control:
-            rows.append(("control", _text(one_line(v.control))))
-        rows.append(("rule", _text(_dim(one_line(e.rule)))))
+            rows.append(("control", styled(one_line(v.control))))
+        rows.append(("rule", styled(dim(one_line(e.rule)))))
         if e.registered:
-            rows.append(("prereg", _text(_dim(f"{e.registered}  {e.registration}"))))
+            rows.append(("prereg", styled(dim(f"{e.registered}  {e.registration}"))))
         console.print(grid(rows))
         console.print()
 
@@ -718,11 +725,11 @@ def show_scores(board: Any, cases: Sequence[Any]) -> None:
             table.add_row(one_line(name), *board.cells(board.summary(rows)))
         console.print(table)
         for name, values in board.details(some).items():
-            console.print(_text(f"{one_line(name)}: median {values['median']:.4g}, 90 % below {values['p90']:.4g}, "
+            console.print(styled(f"{one_line(name)}: median {values['median']:.4g}, 90 % below {values['p90']:.4g}, "
                                 f"worst {values['worst']:.4g} (n {values['n']})"))  # fmt: skip
         for case in board.worst(some, 3):
-            console.print(_text(_dim(one_line(f"worst: {case.label}: predicted {case.predicted.value:.4g} {case.unit}, "
+            console.print(styled(dim(one_line(f"worst: {case.label}: predicted {case.predicted.value:.4g} {case.unit}, "
                                               f"measured {case.measured:.4g}"))))  # fmt: skip
         for why, n in board.reasons(some):
-            console.print(_text(_dim(one_line(f"no prediction ({n}): {why}"))))
+            console.print(styled(dim(one_line(f"no prediction ({n}): {why}"))))
         console.print()

@@ -13,7 +13,7 @@ from lora_planner.arch import BY_MODEL_TYPE, from_config
 from lora_planner.errors import BadInput, UnknownModelType
 from lora_planner.model import GROUPS, PARAMETER, Model
 
-GOLDEN = Path(__file__).parent / "golden" / "models.csv"
+GOLDEN = Path(__file__).parents[1] / "calibrate" / "tables" / "models.csv"
 CONFIGS = Path(__file__).parents[1] / "lora_planner" / "data" / "models"
 ROWS = list(csv.DictReader(GOLDEN.open()))
 

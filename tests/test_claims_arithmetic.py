@@ -18,7 +18,7 @@ from runner.claims import adam_invariance, claim, counts, first_update, flops, t
 from runner.claims.traps import TRAPS
 
 CLAIMS = {"C01": counts, "C02": flops, "C03": adam_invariance, "C04": first_update}
-GOLDEN = Path(__file__).parent / "golden" / "adapter_counts_shared_outer.csv"
+GOLDEN = Path(__file__).parents[1] / "calibrate" / "tables" / "adapter_counts_shared_outer.csv"
 
 
 @cache

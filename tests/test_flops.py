@@ -20,11 +20,11 @@ from lora_planner.method import Method, method
 from lora_planner.model import Model
 from lora_planner.params import trainable_params
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "calibrate" / "tables"
 CONFIGS = Path(__file__).parents[1] / "lora_planner" / "data" / "models"
 FULL = method("full")
 
-# The shapes behind golden/flops_small.csv: found from its trainable counts, which they reproduce.
+# The shapes behind flops_small.csv: found from its trainable counts, which they reproduce.
 WIDE = {
     "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 8192,
     "max_position_embeddings": 1024, "tie_word_embeddings": False,

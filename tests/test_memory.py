@@ -33,6 +33,7 @@ from lora_planner.params import trainable_params
 from lora_planner.units import GIB
 
 GOLDEN = Path(__file__).parent / "golden"
+TABLES = Path(__file__).parents[1] / "calibrate" / "tables"
 CONFIGS = Path(__file__).parents[1] / "lora_planner" / "data" / "models"
 FULL = method("full")
 BESIDE_TENSORS = ("allocator", "workspace", "unexplained", "CUDA context")
@@ -45,7 +46,7 @@ def model(name: str, layers: int = 0) -> Model:
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with (GOLDEN / name).open() as file:
+    with next(path for path in (GOLDEN / name, TABLES / name) if path.exists()).open() as file:
         return list(csv.DictReader(file))
 
 

@@ -19,7 +19,7 @@ from lora_planner.model import Model
 from lora_planner.model_source import load_model
 from lora_planner.params import file_bytes, stored_params, trainable_params
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "calibrate" / "tables"
 NAMES = ("gate_proj", "up_proj", "down_proj")
 #: target set of the golden table -> (--targets, --experts)
 SETS: dict[str, tuple[tuple[str, ...], str]] = {

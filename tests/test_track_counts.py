@@ -20,7 +20,7 @@ from lora_planner.arch import from_config
 from lora_planner.ledger import EXACT, Estimate
 from lora_planner.model_source import load_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "calibrate" / "tables"
 #: golden table -> the module that reads it
 TABLES: dict[str, ModuleType] = {
     "models": models, "lora_counts": lora_counts, "adapter_counts_shared_outer": shared_outer, "flops_small": flops,

@@ -1,0 +1,106 @@
+"""What a training config says will be trained, in one form whatever tool it is written for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import sqrt
+
+SFT, RL = "sft", "rl"
+#: the two meanings of "all linear layers": peft's own word, and a list of leaf names that a tool collects
+PEFT_ALL, LEAF_NAMES = "peft", "names"
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """An adapter in peft's terms. Of `targets`, `pattern` and `everything` at most one says which modules;
+    none of them: peft's default for the model type, unless `parameters` are named.
+
+    `ranks`, `alphas`: (pattern, number), peft's rank_pattern and alpha_pattern. `saved`: modules_to_save.
+    `text_only`: the tool leaves a vision tower alone; `leaves`: what a `pattern` is to such a tool.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    pattern: str = ""
+    everything: str = ""
+    parameters: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    excluded_pattern: str = ""
+    layers: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    dtype: str = "float32"
+    text_only: bool = False
+    leaves: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's output is multiplied with: alpha / r, under rsLoRA alpha / sqrt(r).
+
+        >>> Lora(64, 16).scale, Lora(64, 16, rslora=True).scale
+        (0.25, 2.0)
+        """
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One run. `lora` is None for full fine-tuning; None elsewhere: the config does not say.
+
+    `objective`: sft, rl, or the tool's own word for another one. `micro_batch` sequences a device and pass,
+    `accumulation` passes a step. `max_length` 0: nothing is cut. `group`: samples a problem in RL.
+    `weights`: dtype of what is loaded (float32, bfloat16, float16, nf4, int8); `pure`: weights in 16 bits are
+    what the optimizer updates. `given`: the keys that the file itself sets; everything else is the tool's default.
+    `unknown`: keys that the tool does not know. `notes`: what was read but is not counted.
+    """
+
+    tool: str
+    model: str = ""
+    objective: str = SFT
+    lora: Lora | None = None
+    weights: str = "bfloat16"
+    pure: bool = False
+    experts_quantised: bool = False
+    learning_rate: float | None = None
+    scheduler: str = ""
+    micro_batch: int | None = None
+    accumulation: int = 1
+    epochs: float = 1.0
+    max_steps: int = 0
+    max_length: int | None = None
+    packing: bool = False
+    packed_attention: bool = True  # rows of a pack are kept apart
+    checkpointing: bool = False
+    reentrant: bool = False
+    wired: bool = True  # the tool makes inputs require gradients when it recomputes
+    optimizer: str = "adamw"
+    attention: str = "sdpa"
+    loss: str = "full"
+    group: int = 0
+    half: str = "bf16"  # what matmuls run in: bf16, or fp16 where the GPU has none
+    remote_code: bool = False
+    dataset: str = ""
+    dataset_kind: str = ""
+    label: str = ""  # what reads the file, where that is not the tool's usual version
+    given: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences a step on one device."""
+        return None if self.micro_batch is None else self.micro_batch * self.accumulation
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of an export, not yet written."""
+
+    name: str
+    text: str
