@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibrate.track.names import model_of
 from lora_planner.cost import cost, usd_at
 from lora_planner.errors import BadInput, UnknownName
 from lora_planner.facts import Price, gpu, gpus
 from lora_planner.ledger import Estimate
+from lora_planner.method import Method
 from lora_planner.throughput import (
     Work,
     adamw_bytes,
@@ -23,6 +25,7 @@ from lora_planner.throughput import (
     stacks,
     step_time,
 )
+from lora_planner.workload import Division, divided, work
 
 GOLDEN = Path(__file__).parent / "golden"
 TODAY = date(2026, 11, 23)
@@ -59,6 +62,12 @@ def lora_work(model: str, seq_len: int, micro_batches: int = 8, rank: int = 64) 
         dequantised_params=0,
         kernels=kernel_count(layers=layers, adapted=5 * layers, passes=4, micro_batches=micro_batches),
     )
+
+
+def model_named(name: str):
+    found = model_of(name)
+    assert found is not None
+    return found
 
 
 WORK = lora_work("qwen-7b", 2048)
@@ -104,7 +113,7 @@ def test_no_step_is_faster_than_the_roofline(numbers, card, name):
     assert found.low <= found.value <= found.high
 
 
-@pytest.mark.parametrize("field", [name for name in Work.__dataclass_fields__ if name != "dtype"])
+@pytest.mark.parametrize("field", [name for name, of in Work.__dataclass_fields__.items() if "str" not in str(of.type)])
 def test_more_work_never_takes_less_time(field):
     """Step time is monotone in every kind of work."""
     more = replace(WORK, **{field: 3 * getattr(WORK, field) + 1})
@@ -143,9 +152,55 @@ def test_an_unmeasured_gpu_has_a_wider_interval():
 
 
 def test_an_unknown_stack_is_an_error():
-    """A stack that nobody timed is refused, with the known ones."""
+    """A stack that nobody named is refused, with the known ones."""
     with pytest.raises(UnknownName, match="hf-trl"):
-        stack("unsloth", A100)
+        stack("colossal", A100)
+
+
+def test_a_stack_without_rows_says_so_and_is_wider():
+    """unsloth has no timings: it borrows those of its class, in an interval wider than any measured stack's own."""
+    borrowed = stack("unsloth", A100).rows["spread"]
+    assert borrowed.basis == "assumed"
+    assert "no row of this stack" in borrowed.source
+    assert borrowed.high > stack("hf-trl", A100).rows["spread"].high
+
+
+def test_what_a_card_sustains_holds_for_every_stack():
+    """A stack that never ran on a T4 takes there what others showed: less of the peak than on an A100."""
+    t4, a100 = (stack("torchtune", gpu(name))["matmul_efficiency"] for name in ("t4-16gb", "a100-sxm-80gb"))
+    assert t4 < 0.8 * a100
+
+
+def test_a_pipeline_waits_and_links_add():
+    """A bubble of a quarter adds a quarter of all but the optimizer; a gathering under less work than it takes shows."""
+    rows = stack("nemo", A100)
+    alone = step_time(WORK, A100, rows)
+    waiting = step_time(replace(WORK, bubble=0.25), A100, rows)
+    assert waiting.total == pytest.approx(alone.total + 0.25 * (alone.total - alone["optimizer"]))
+    hidden, shown = (step_time(replace(WORK, gathered_bytes=n), A100, rows)["links"] for n in (1e6, 1e14))
+    assert hidden == 0 < shown
+
+
+def test_a_model_on_more_gpus_leaves_each_its_share():
+    """Tensor and pipeline parallelism divide a copy's work; FSDP gathers its weights twice a micro-batch."""
+    model = model_named("llama-3.1-8b")
+    copy = work(model, Method("full", 0, 0.0, (), "none"), micro_batch=1, seq_len=4096)
+    full = Method("full", 0, 0.0, (), "none")
+    four = divided(copy, model, full, Division(gpus=8, tensor=2, pipeline=4), micro_batches=8)
+    assert four.linear_flops == pytest.approx(copy.linear_flops / 8)
+    assert four.bubble == pytest.approx(3 / 8)
+    sharded = divided(copy, model, full, Division(gpus=8, weights=8), micro_batches=1)
+    weights = 2 * 2 * model.total
+    assert sharded.linear_flops == copy.linear_flops
+    assert sharded.gathered_bytes == pytest.approx(7 / 8 * (weights + 4 * model.total))
+
+
+def test_fp8_is_faster_but_not_twice():
+    """Narrow matmuls have twice the peak; casts and attention keep the step from halving."""
+    h100 = gpu("h100-sxm-80gb")
+    rows = stack("nemo", h100)
+    bf16, fp8 = (step_time(replace(WORK, dtype=d), h100, rows).total for d in ("bf16", "fp8"))
+    assert 0.5 * bf16 < fp8 < bf16
 
 
 def test_constants_of_another_gpu_are_refused():

@@ -6,12 +6,10 @@ One row gives a case for every quantity that it measures: a peak for each kind o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 
 from calibrate import memory as peaks
-from calibrate.track import Row
+from calibrate.track import Row, speed
 from calibrate.track.case import Case
 from calibrate.track.setting import Measured, Setting, read
 from lora_planner.errors import LoraPlanError
@@ -29,7 +27,7 @@ def cases(rows: Sequence[Row]) -> list[Case]:
     for row in rows:
         setting = read(row)
         found += memory_cases(setting)
-        found += _speed("cases", setting, row)
+        found += speed.cases(setting, row)
     return found
 
 
@@ -38,15 +36,7 @@ def held_out(rows: Sequence[Row]) -> list[Case]:
     settings = [read(row) for row in rows]
     without = peaks.held_out(settings)
     found = [case for s in settings if s.memory for case in memory_cases(s, without[s.source])]
-    return found + _speed("held_out", rows)
-
-
-def _speed(function: str, *given: object) -> list[Case]:
-    """Throughput and time, where the module that predicts them is there and has the function."""
-    if find_spec("calibrate.track.speed") is None:
-        return []
-    found = getattr(importlib.import_module("calibrate.track.speed"), function, None)
-    return list(found(*given)) if found else []
+    return found + speed.held_out(rows)
 
 
 def memory_cases(setting: Setting, known: Mapping[str, Constant] | None = None) -> list[Case]:

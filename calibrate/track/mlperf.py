@@ -225,8 +225,8 @@ class SampleLaw:
     def samples(self, batch: float, lr: float | None) -> Estimate:
         """
         >>> law = SampleLaw(2500, 0.045, 0.08, (-7.7, 0.1), 0.15)
-        >>> round(law.samples(64, 5e-4).value), law.samples(64, None).high > law.samples(64, 5e-4).high
-        (8260, True)
+        >>> round(law.samples(64, 5e-4).value), round(law.samples(64, 3e-4).value)
+        (8260, 12100)
         """
         rate = lr if lr else math.exp(self.rate_law[0] + self.rate_law[1] * math.log(batch))
         value = self.floor + self.per_step * batch / rate
@@ -288,13 +288,14 @@ def fit_evaluation(entries: Sequence[Entry]) -> Evaluation:
     """share and each_s at the least squares of ln minutes."""
     from scipy.optimize import least_squares
 
-    usable = [e for e in entries if e.train_rate and e.minutes and e.samples]
+    usable = [
+        (e.minutes, e.samples, e.train_rate) for e in entries if e.train_rate and e.minutes and e.samples
+    ]  # fmt: skip
 
     def misfit(t: np.ndarray) -> np.ndarray:
         law = Evaluation(math.exp(t[0]), math.exp(t[1]), 0.0)
         return np.array([
-            math.log((e.samples / e.train_rate + law.seconds(e.samples, e.train_rate)) / (60 * e.minutes))  # type: ignore[operator]
-            for e in usable
+            math.log((samples / rate + law.seconds(samples, rate)) / (60 * minutes)) for minutes, samples, rate in usable
         ])  # fmt: skip
 
     found = least_squares(misfit, [math.log(0.45), 0.0], loss="soft_l1", f_scale=0.05)

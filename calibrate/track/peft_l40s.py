@@ -6,13 +6,13 @@ one reader and one predictor serve both. Image generation has no language model 
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 
-from calibrate.track import Row
+from calibrate import memory as peaks
+from calibrate.track import TABLES, Row, speed
+from calibrate.track import read as table
 from calibrate.track.case import Case
 from calibrate.track.measured import memory_cases
 from calibrate.track.setting import Measured, Setting, number, read
@@ -74,6 +74,13 @@ def cases(rows: Sequence[Row]) -> list[Case]:
     found: list[Case] = []
     for row in rows:
         found += memory_cases(setting(row))
-        if find_spec("calibrate.track.speed") is not None:
-            found += importlib.import_module("calibrate.track.speed").peft_cases(row)
+        found += speed.peft_cases(row)
     return found
+
+
+def held_out(rows: Sequence[Row]) -> list[Case]:
+    """The same by constants that were fitted on the measured runs of others than peft."""
+    others = [read(row) for row in table(TABLES / "measured.csv")]
+    known = peaks.held_out(others)["peft"]
+    found = [case for row in rows for case in memory_cases(setting(row), known)]
+    return found + speed.peft_held_out(rows)

@@ -82,7 +82,7 @@ class Lengths:
         length in a batch waste 4 %.
 
         >>> round(Lengths(100, 0.5).padded(1)), round(Lengths(100, 0.5).padded(4)), round(Lengths(100, 0.5).padded(64))
-        (100, 153, 279)
+        (100, 154, 277)
         """
         if batch <= 1:
             return min(self.mean, self.cut)
@@ -217,12 +217,13 @@ def _copy(s: Setting, gpu: Gpu, seq: int, accumulation: int) -> Work:
     usual = "none" if s.stack.name in ("nemo", "megatron", "torchtitan", "llm-foundry") else "full"
     how = "none" if selective else s.checkpointing if s.checkpointing in CHECKPOINTING else usual
 
+    model, micro_batch = s.model, s.micro_batch
     # finetune.py names "c_proj", which peft finds in the MLP as well
     both = s.source == "qwen-readme" and "attn.c_proj" in s.method.targets
     method = replace(s.method, targets=(*s.method.targets, "mlp.c_proj")) if both else s.method
 
     def one(checkpointing: str) -> Work:
-        return work(s.model, method, micro_batch=s.micro_batch, seq_len=seq, accumulation=accumulation,
+        return work(model, method, micro_batch=micro_batch, seq_len=seq, accumulation=accumulation,
                     checkpointing=checkpointing, attention=s.attention, dtype=dtype)  # fmt: skip
 
     found = one(how)
