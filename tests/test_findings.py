@@ -61,3 +61,16 @@ def test_a_finding_inside_the_published_interval_widens_nothing(rows: Path) -> N
     """9.8 lies in [4.6, 21.7]."""
     write(rows, effect={**ROW["effect"], "value": 9.8, "low": 9.0, "high": 10.5})  # type: ignore[dict-item]
     assert (findings.covering(PUBLISHED, "C07").low, findings.covering(PUBLISHED, "C07").high) == (4.6, 21.7)
+
+
+def test_a_short_run_covers_what_ours_had(rows: Path) -> None:
+    """The ratio's excess in short runs reaches up to ours and fades with the steps; full's rate may then be lower still,
+    its value and upper end stay, and a long run is as before."""
+    plain = learning_rate.full_lr(8e9, "llama")
+    write(rows, claim="C09", effect={**ROW["effect"], "value": 1.8, "low": 1.6, "high": 2.0})  # type: ignore[dict-item]
+    assert (learning_rate.short_ratio(0).value, learning_rate.short_ratio(0).high) == (1.5, 1.8)
+    assert learning_rate.short_ratio(100).high == pytest.approx(1 + 0.8 / 2.718281828)
+    short, long = (learning_rate.full_lr(8e9, "llama", steps=steps) for steps in (30, 10_000))
+    assert short.low < plain.low and (short.value, short.high) == (plain.value, plain.high)
+    assert "claim C09" in short.source and "C09" not in long.source
+    assert long.low == pytest.approx(plain.low)
