@@ -78,7 +78,7 @@ class Law:
     norm_noise: float = 0.03
     directions: float = 2.0
     directions_facts: float = 13.0
-    directions_noise: float = 0.05
+    directions_noise: float = 0.02
     unlike: tuple[float, ...] = (1.0, 0.5, 0.2, 2.0, 0.7)  # how far kernels of PLACES are from full's
     # noise
     seed_noise: float = 0.02

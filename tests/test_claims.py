@@ -10,7 +10,7 @@ import re
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from claims_world import PAPER, STAMP, Law, Planet, parameters, record, smallest, world
+from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
 from calibrate import curves, page
@@ -66,6 +67,8 @@ CLAIMS = {key: claim(key)[1] for key in BY_ID if key not in ("C01", "C02", "C03"
 CPU = lab.SIZES["cpu"]
 #: claims that need fitted optima
 TUNED = ("C06", "C07", "C08", "C09", "C10", "C13", "C16", "C17", "C18", "C20", "C22", "C23", "MOE")
+#: claims that ask for three seeds in every arm
+DEAR = ("C11", "C13", "C16", "C23", "MOE")
 
 
 @cache
@@ -99,6 +102,26 @@ def other(**words: Any) -> Law:
 def p_above(values: Sequence[float], at: float = 0.0) -> float:
     """Of Student's one-sided test that the mean is above `at`, by another road than the claims': scipy's own test."""
     return float(ttest_1samp(values, at, alternative="greater").pvalue)
+
+
+def p_near(values: Sequence[float], margin: float) -> float:
+    """Of two one-sided tests that the mean lies between -margin and margin: the larger of their p."""
+    return max(p_above(values, -margin), p_above([-v for v in values], -margin))
+
+
+def around(mean: float, apart: float) -> list[float]:
+    """A value a seed, with this mean; one-sided p of five such depend on (mean - at) / apart alone."""
+    return [mean + apart * x for x in (-1.0, 0.5, 0.0, -0.5, 1.0)]
+
+
+def seeds_of(name: str, arm: RunSpec, size: str = "cpu") -> tuple[int, ...]:
+    """The judged seeds of an arm of a claim: of what is dear, negative or told beside a verdict the first three."""
+    few = {
+        "C06": (arm.method, arm.init, arm.task_args) not in {(m, "pretrained", ()) for m in ("full", "lora")},
+        "C07": arm.base != lab.SIZES[size].base,
+        "C08": arm.alpha == 2.0,
+    }
+    return lab.FEW if name in DEAR or few.get(name) else lab.SEEDS
 
 
 def rounded(rate: float) -> float:
@@ -242,25 +265,25 @@ def test_a_contrary_world_fails(name: str, what: str) -> None:
 
 
 UNCLEAR = {
-    "C05": {"noise": other(noise=0.002)},
+    "C05": {"noise": other(noise=0.004)},
     "C06": {"noise": other(noise=0.02)},
-    "C07": {"noise": other(rate_noise=0.4), "at an end": other(ratio=7.2, rate_noise=0.1)},
+    "C07": {"noise": other(rate_noise=0.6), "at an end": other(ratio=7.2, rate_noise=0.1)},
     "C08": {"noise": other(rate_noise=0.5)},
-    "C09": {"noise": other(rate_noise=0.3), "no rate moves": other(short_full=1.0, short_lora=1.0)},
-    "C10": {"noise": other(noise=0.1), "all leave together": other(leaves=0.3, leaves_second=0.3)},
-    "C11": {"noise": other(bits_noise=0.4), "an end": other(bits=1.72, bits_noise=0.1),
+    "C09": {"noise": other(rate_noise=0.3, short_lora=1.5), "no rate moves": other(short_full=1.0, short_lora=1.0)},
+    "C10": {"noise": other(noise=0.1), "all leave together": other(leaves=0.3, leaves_second=0.3, noise=0.004)},
+    "C11": {"noise": other(bits_noise=0.4), "the low end": other(bits=1.55, bits_noise=0.1), "the high end": other(bits=2.5, bits_noise=0.1),
             "still learning": other(grown=0.3), "the lowest rate is best": other(bits_rate=memorised_bits.RATES[0]),
             "the highest rate is best": other(bits_rate=memorised_bits.RATES[-1])},
     "C13": {"noise": other(noise=0.05)},
-    "C16": {"noise": other(noise=0.03), "no slope": other(doubling=(0.0, 0.0), noise=0.002)},
+    "C16": {"noise": other(noise=0.03), "hardly a slope": other(doubling=(-0.001, -0.001), noise=0.002)},
     "C17": {"noise": other(noise=0.1)},
-    "C18": {"noise": other(noise=0.03, tiny_rewards=0.49), "the smallest suffices": other(tiny=0.7),
+    "C18": {"noise": other(noise=0.03, tiny_rewards=0.49),
             "no RL adapter suffices": other(lora_rewards=0.4, tiny_rewards=0.3), "nothing to gain": other(gain=-0.1)},
     "C19": {"noise": other(curvature_noise=1.5)},
     "C20": {"noise": other(norm_noise=1.0)},
     "C22": {"noise": other(directions_noise=0.5)},
     "C23": {"one is out of order": other(everywhere=0.1)},
-    "MOE": {"noise": other(noise=0.02)},
+    "MOE": {"noise": other(noise=0.02, no_experts=0.2)},
 }  # fmt: skip
 
 
@@ -287,6 +310,7 @@ BLIND = {
     "C16": {"no batch is large": other(by_share=True), "a large batch costs next to nothing": other(fall=0.005)},
     "C17": {"nothing to gain": other(gain=0.1), "never right": other(reward=0.01),
             "always right": other(reward=0.7, gain=0.25)},
+    "C18": {"the smallest suffices": other(tiny=0.7)},
     "C19": {"nothing to gain": other(fall=0.02)},
     "C20": {"rate is nothing": other(norm_power=-0.1)},
     "C23": {"kernels are alike": other(unlike=(0.3,) * 5)},
@@ -347,11 +371,33 @@ def test_runs_that_tried_a_design_out_are_not_judged(name: str) -> None:
     """Their seeds are others, their world is another: word, effect, p and picture stay, and nothing is asked anew."""
     runs = list(played(name))
     strange = Planet(other(ratio=3.0, slower=0.3, bits=1.0, gain=0.2, directions=7.0, directions_facts=2.0), CPU)
-    tried = [record(replace(lab.as_design(r.spec), seed=r.spec.seed % 3), strange) for r in runs]
+    tried = [record(replace(lab.as_design(r.spec), seed=r.spec.seed - len(lab.SEEDS)), strange) for r in runs]
+    assert {run.spec.seed for run in tried} <= set(range(lab.SEEDS[0]))
     found = CLAIMS[name].verdict([*tried, *runs], "cpu")
-    for field in ("status", "sentence", "effect", "p", "plot"):
+    for field in ("status", "sentence", "effect", "n", "p", "control", "plot"):
         assert getattr(found, field) == getattr(judged(name), field), field
     assert set(CLAIMS[name].specs(CPU, [*tried, *runs])) == {lab.as_design(run.spec) for run in runs}
+
+
+#: C16 takes its margin from all seeds of full fine-tuning that there are, not from the three that it asks for
+WIDER = pytest.mark.xfail(strict=True, reason="batch_penalty.verdict calls margin_nats without FEW")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[WIDER] if name == "C16" else []) for name in (*DEAR, "C06", "C07", "C08")]
+)
+def test_seeds_that_an_arm_was_not_asked_for_are_not_judged(name: str) -> None:
+    """Where three seeds are asked for, the others of an arm are another world: word, effect, p and picture stay."""
+    runs = list(played(name))
+    strange = Planet(other(ratio=3.0, slower=0.3, bits=1.0, fall=0.1, alpha_power=0.3), CPU)
+    designs = [lab.as_design(run.spec) for run in runs]
+    more = [record(replace(design, seed=seed), strange) for design in designs if seeds_of(name, design) == lab.FEW
+            for seed in lab.SEEDS if seed not in lab.FEW]  # fmt: skip
+    assert more
+    found = CLAIMS[name].verdict([*more, *runs], "cpu")
+    for field in ("status", "sentence", "effect", "p", "control", "plot"):
+        assert getattr(found, field) == getattr(judged(name), field), field
+    assert set(CLAIMS[name].specs(CPU, [*more, *runs])) == set(designs)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -370,7 +416,7 @@ def test_the_order_of_records_is_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", TUNED)
 def test_an_optimum_at_the_end_of_its_grid_extends_it(name: str) -> None:
-    """Until then nothing is decided; afterwards two finite rates lie on each side in every seed."""
+    """Until then nothing is decided; afterwards two finite rates lie on each side in every seed that the arm has."""
     law = other(ratio=80.0, ratio_rewards=80.0)
     first = begun(name, law)
     assert CLAIMS[name].verdict(list(first), "cpu").status == UNDECIDED
@@ -378,9 +424,13 @@ def test_an_optimum_at_the_end_of_its_grid_extends_it(name: str) -> None:
     known: dict[RunSpec, list[float]] = defaultdict(list)
     for run in first:
         known[replace(lab.as_design(run.spec), lr=0.0, seed=0)].append(run.spec.lr)
-    above = [spec for spec in new if spec.lr > max(known[replace(spec, lr=0.0, seed=0)])]
-    assert {spec.seed for spec in above} >= set(lab.SEEDS)
-    assert any(spec.method != "full" for spec in above)
+    above: dict[RunSpec, set[int]] = defaultdict(set)
+    for spec in new:
+        if spec.lr > max(known[arm := replace(spec, lr=0.0, seed=0)]):
+            above[arm].add(spec.seed)
+    assert any(arm.method != "full" for arm in above)
+    for arm, seeds in above.items():
+        assert seeds == set(seeds_of(name, arm))
     whole = played(name, law)
     assert not left(name, whole)
     assert judged(name, law).effect is not None
@@ -469,6 +519,81 @@ def test_alpha_in_proportion_is_told_beside_the_verdict() -> None:
     assert found.sentence.endswith("with alpha = 2 r rank 1 has no bracketed optimum")
 
 
+def early(gaps: Mapping[int, Sequence[float]], end: float = 0.1, control: Sequence[float] = (0.05,) * 5) -> Verdict:
+    """C05 of runs with these gaps after 20 steps, by rank and seed, in shares of what the highest rank has learned; at
+    the last step the gap of every rank is `end`, and after 20 steps `control` that of the other rate."""
+    runs = []
+    for spec in early_curves.specs(CPU, []):
+        i = lab.SEEDS.index(spec.seed)
+        other_rate = spec.lr != CPU.lora_rates[0]
+        gap = control[i] if other_rate else gaps[spec.rank][i] if spec.rank in gaps else 0.0
+        last = 1.5 + 2.0 * end * (spec.rank in gaps)
+        path = [[0, 3.5], [early_curves.EARLY, 2.5 + gap], [CPU.steps, last]]
+        runs.append(but(record(spec, Planet(PAPER, CPU)), FINISHED, held_out=path))
+    return early_curves.verdict(runs, "cpu")
+
+
+#: gaps of a rank that is near for sure, less so, and not at all though its mean is 0
+NEAR, NEARLY, NOISY = around(0.0, 0.001), around(0.002, 0.01), around(0.0, 0.06)
+
+
+def test_early_gaps_have_a_sign() -> None:
+    """Seeds that are 4 to 5 % off on either side average to nothing: with each rank so, nothing fails and nothing holds."""
+    either = [-0.05, -0.04, 0.04, 0.05, -0.045]
+    found = early(dict.fromkeys((1, 4, 16), either))
+    assert found.status == UNDECIDED
+    assert found.effect is not None
+    assert found.effect.value == pytest.approx(statistics.mean(either))
+    assert found.effect.low < 0 < found.effect.high
+    assert found.p == pytest.approx(p_near(either, 0.02))
+
+
+def test_every_rank_has_to_be_near() -> None:
+    """Also one whose mean is not the furthest from 0; p is that of the rank of which it is least sure."""
+    held = early({1: around(0.01, 0.001), 4: NEARLY, 16: NEAR})
+    assert held.effect is not None
+    assert held.effect.value == pytest.approx(0.01)
+    assert held.status == HOLDS
+    assert held.p == pytest.approx(p_near(NEARLY, 0.02))
+    assert held.p > p_near(around(0.01, 0.001), 0.02)
+    open_yet = early({1: around(0.01, 0.001), 4: NOISY, 16: NEAR})
+    assert (open_yet.status, open_yet.effect) == (UNDECIDED, held.effect)
+    assert open_yet.p == pytest.approx(p_near(NOISY, 0.02))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_rank_that_is_far_was_picked_of_two_sides_and_all_ranks(sign: int) -> None:
+    """Above or below alike: six chances at three ranks, so p is that of the furthest times six; its gap keeps its sign."""
+    for mean, status in ((0.0465, UNDECIDED), (0.053, FAILS)):
+        far = [sign * gap for gap in around(mean, 0.02)]
+        alone = p_above([sign * gap for gap in far], 0.02)
+        assert 3 * alone < 0.05  # for the ranks alone it would fail
+        assert (6 * alone < 0.05) == (status == FAILS)
+        for rank in (1, 4, 16):
+            found = early({r: far if r == rank else NEAR for r in (1, 4, 16)})
+            assert found.effect is not None
+            assert found.effect.value == pytest.approx(sign * mean)
+            assert (found.status, found.p) == (status, pytest.approx(6 * alone))
+
+
+def test_early_differences_have_to_grow() -> None:
+    """In either direction: where ranks end as near as they were nothing holds, though they are near."""
+    near = {1: around(0.01, 0.001), 4: NEAR, 16: NEAR}
+    for end, status in ((0.011, HOLDS), (-0.011, HOLDS), (0.009, UNDECIDED), (-0.009, UNDECIDED)):
+        found = early(near, end)
+        assert found.status == status, end
+        assert (found.p == 1.0) == (status == UNDECIDED)
+        assert f"up to {end:+.1%}" in found.sentence
+
+
+@pytest.mark.parametrize(("gaps", "seen"), [((0.05,) * 5, True), ((-0.05,) * 5, True), ((-0.019,) * 5, False),
+                                            ((-0.05, -0.05, 0.0, 0.05, 0.05), False)])  # fmt: skip
+def test_the_other_rate_differs_in_the_mean(gaps: Sequence[float], seen: bool) -> None:
+    """By more than 2 %, whether it is ahead or behind; seeds on either side are no difference."""
+    found = early(dict.fromkeys((1, 4, 16), NEAR), control=gaps)
+    assert (found.status, "not found" in found.control) == (HOLDS if seen else UNDECIDED, not seen)
+
+
 def lowest(runs: Sequence[RunRecord], rank: int, seed: int) -> dict[int, float]:
     """Lowest loss at each step of the finished runs of one rank and seed."""
     paths = [run.measured["held_out"][1:] for run in runs
@@ -489,15 +614,16 @@ def changes(runs: Sequence[RunRecord], rank: int) -> list[float]:
 
 
 def test_the_p_of_departures_follows_their_word() -> None:
-    """That of a slope above 0 where it holds or nothing is decided; of what failed where it fails, slope or stall."""
+    """That of a slope above 0 where it holds; times three ways to fail that of what failed, slope or stall; the smaller
+    where nothing is decided."""
     together, first = UNCLEAR["C10"]["all leave together"], CONTRARY["C10"]["high ranks leave first"]
     for law, word in ((PAPER, HOLDS), (together, UNDECIDED), (first, FAILS)):
         found = judged("C10", law)
         assert found.effect is not None
-        t = found.effect.value / ((found.effect.high - found.effect.value) / 4.302652729911275)  # 97.5 % of 2 degrees
-        above = (1 - t / math.sqrt(t * t + 2)) / 2
+        t = found.effect.value / ((found.effect.high - found.effect.value) / 2.7764451051977987)  # 97.5 % of 4 degrees
+        above = float(student.sf(t, 4))
         assert found.status == word
-        assert found.p == pytest.approx(1 - above if word == FAILS else above)
+        assert found.p == pytest.approx({HOLDS: above, FAILS: 3 * (1 - above)}.get(word, min(above, 3 * (1 - above))))
     stalls = replace(CONTRARY["C10"]["no better after leaving"], noise=0.002)
     found, runs = judged("C10", stalls), played("C10", stalls)
     stalled = [change for rank in CPU.ranks[:-1] if len(change := changes(runs, rank)) == len(lab.SEEDS)]
@@ -506,7 +632,61 @@ def test_the_p_of_departures_follows_their_word() -> None:
     assert found.effect is not None
     assert found.effect.low > 0  # the slope is as claimed
     assert found.status == FAILS
-    assert found.p == pytest.approx(worse)
+    assert found.p == pytest.approx(3 * worse)
+
+
+#: all ranks are alike at every step
+ALIKE = other(slower=0.0, noise=0.0, rate_noise=0.0, rank_one=1.0)
+
+
+def moved(nats: Callable[[int, int, int], float]) -> list[RunRecord]:
+    """Runs of C10 where all ranks would be alike, with so many nats added to a rank, place of a seed and step."""
+    found = []
+    for one in played("C10", ALIKE):
+        rank, place = one.spec.rank, lab.SEEDS.index(one.spec.seed)
+        begin, *path = one.measured["held_out"]
+        path = [[step, loss + (nats(rank, place, step) if rank in CPU.ranks[:-1] else 0.0)] for step, loss in path]
+        found.append(but(one, one.status, **(one.measured | {"held_out": [begin, *path]})))
+    return found
+
+
+def leaving(earlier: Sequence[float], worse: Sequence[float] = (0.0,) * 5) -> list[RunRecord]:
+    """Ranks 1 and 4 leave between steps 100 and 150, rank 4 so much earlier by seed as a share of that way, in the log of
+    the steps; rank 1 is so many nats worse at the end."""
+
+    def nats(rank: int, place: int, step: int) -> float:
+        if rank == 16 or step < 150:
+            return 0.0
+        share = 0.5 if rank == 1 else 0.5 - earlier[place]
+        return departure.LEFT / share + (worse[place] if (rank, step) == (1, 200) else 0.0)
+
+    return moved(nats)
+
+
+@pytest.mark.parametrize(("mean", "status"), [(0.09, UNDECIDED), (0.15, FAILS)])
+def test_a_slope_that_fails_is_one_of_three_ways(mean: float, status: str) -> None:
+    """It is as far below 0 as was planted, and its p times three decides."""
+    earlier = around(mean, 0.1)
+    alone = p_above(earlier)
+    assert alone < 0.05
+    found = departure.verdict(leaving(earlier), "cpu")
+    assert found.effect is not None
+    assert found.effect.value == pytest.approx(-mean * math.log(150 / 100) / math.log(4))
+    assert (found.status, found.p) == (status, pytest.approx(3 * alone))
+
+
+@pytest.mark.parametrize(("mean", "status"), [(0.045, UNDECIDED), (0.07, FAILS)])
+def test_a_rank_that_gets_worse_is_one_of_three_ways(mean: float, status: str) -> None:
+    """Times the ranks that left, and no slope as claimed makes up for it."""
+    gained = lowest(played("C10", ALIKE), 1, lab.SEEDS[0])
+    runs = leaving(around(-0.15, 0.01), [gained[150] - gained[200] + x for x in around(mean, 0.04)])
+    assert changes(runs, 1) == pytest.approx(around(mean, 0.04))
+    alone = p_above(around(mean, 0.04))
+    assert 2 * alone < 0.05
+    found = departure.verdict(runs, "cpu")
+    assert found.effect is not None
+    assert found.effect.low > 0
+    assert (found.status, found.p) == (status, pytest.approx(6 * alone))
 
 
 @pytest.mark.parametrize("size", lab.SIZES.values(), ids=lab.SIZES)
@@ -516,26 +696,48 @@ def test_the_first_evaluation_is_the_one_of_the_rule(size: lab.Size) -> None:
 
 
 def test_ranks_that_never_follow_fail() -> None:
-    """Where two have left by the first evaluation there is no slope and no p; one alone, or two seeds, are no such case."""
-    found = judged("C10", CONTRARY["C10"]["ranks leave at once"])
-    assert (found.status, found.effect, found.p) == (FAILS, None, None)
+    """Where two have left by the first evaluation there is no slope; one alone, or all seeds but one, are no such case."""
+    law = CONTRARY["C10"]["ranks leave at once"]
+    found, runs = judged("C10", law), played("C10", law)
+    assert (found.status, found.effect) == (FAILS, None)
     assert "ranks 1, 4, 16 have left by the first evaluation" in found.sentence
+    p_values = []
+    for rank in (1, 4, 16):
+        paths = ((lowest(runs, rank, seed), lowest(runs, 32, seed)) for seed in lab.SEEDS)
+        p_values.append(p_above([path[5] - most[5] for path, most in paths], 0.02))
+    assert found.p == pytest.approx(3 * 2 * sorted(p_values)[1])
     one = judged("C10", other(leaves=0.01))
-    assert "rank 1 at 5, 5, 5, rank 4" in one.sentence
+    assert "rank 1 at 5, 5, 5, 5, 5, rank 4" in one.sentence
     assert one.status == HOLDS
     last = lab.SEEDS[-1]
-    mixed = [run for run in played("C10", CONTRARY["C10"]["ranks leave at once"]) if run.spec.seed != last]
+    mixed = [run for run in runs if run.spec.seed != last]
     mixed += [run for run in played("C10") if run.spec.seed == last]
     found = departure.verdict(mixed, "cpu")
     assert "never follow" not in found.sentence
     assert found.effect is not None
 
 
+@pytest.mark.parametrize(("second", "fails"), [(0.0433, False), (0.0535, True)])
+def test_two_ranks_have_to_be_behind_at_once_for_sure(second: float, fails: bool) -> None:
+    """It is the second of three ranks that tells: its p times two, and times three ways to fail. A rank of which it is
+    surer, in seeds that all are behind, is not enough."""
+    by_rank = {1: around(0.5, 0.001), 4: around(second, 0.02), 16: around(0.0, 0.001)}
+    assert min(by_rank[4]) > departure.LEFT  # so it has left in every seed, from the first evaluation on
+    alone = p_above(by_rank[4], departure.LEFT)
+    assert 2 * alone < 0.05
+    assert p_above(by_rank[1], departure.LEFT) < 1e-6
+    found = departure.verdict(moved(lambda rank, place, step: by_rank[rank][place]), "cpu")
+    assert "rank 1 at 5, 5, 5, 5, 5, rank 4 at 5, 5, 5, 5, 5, rank 16 at never" in found.sentence
+    assert ("ranks 1, 4 have left by the first evaluation, so they never follow" in found.sentence) == fails
+    assert found.status == (FAILS if fails else UNDECIDED)
+    assert found.p == (pytest.approx(6 * alone) if fails else 1.0)
+
+
 def test_a_batch_that_costs_less_than_the_margin_is_no_control() -> None:
     """However sure it is that full fine-tuning pays something for it."""
     law = BLIND["C16"]["a large batch costs next to nothing"]
     at = [batch_penalty.at_batch(CPU, shared.full(CPU), factor) for factor in batch_penalty.FACTORS]
-    small, large = (shared.tuned_losses(played("C16", law), design) for design in (at[0], at[-1]))
+    small, large = (shared.tuned_losses(played("C16", law), design, lab.FEW) for design in (at[0], at[-1]))
     assert p_above([b - a for a, b in zip(small, large, strict=True)]) < 0.01
     assert "not found" in judged("C16", law).control
 
@@ -582,16 +784,30 @@ def test_a_bound_can_hold_and_not_fail() -> None:
     assert judged("C18", replace(SHORT, lora_behind=0.0)).status == FAILS
 
 
-def test_bounds_on_the_other_side_decide_nothing() -> None:
-    """Where no adapter reaches half in rewards, or the smallest already does supervised, in one seed as in all."""
-    for law, told in ((UNCLEAR["C18"]["no RL adapter suffices"], "no RL adapter reaches half"),
-                      (UNCLEAR["C18"]["the smallest suffices"], "the smallest adapter already reaches, supervised, half")):  # fmt: skip
-        assert told in judged("C18", law).sentence
-        first = lab.SEEDS[0]
-        mixed = [run for run in played("C18", law) if run.spec.seed == first]
-        mixed += [run for run in played("C18") if run.spec.seed != first]
-        found = reward_bits.verdict(mixed, "cpu")
-        assert (found.status, told in found.sentence) == (UNDECIDED, True)
+def one_seed_of(name: str, law: Law) -> list[RunRecord]:
+    """The first seed's runs are of this law, those of the other seeds the paper's."""
+    mine = [run for run in played(name, law) if run.spec.seed == lab.SEEDS[0]]
+    return mine + [run for run in played(name) if run.spec.seed != lab.SEEDS[0]]
+
+
+def test_without_an_rl_adapter_that_suffices_nothing_is_decided() -> None:
+    """In one seed as in all, and then there is no ratio."""
+    law, told = UNCLEAR["C18"]["no RL adapter suffices"], "no RL adapter reaches half of full fine-tuning's gain"
+    for runs in (played("C18", law), one_seed_of("C18", law)):
+        found = reward_bits.verdict(list(runs), "cpu")
+        assert (found.status, told in found.sentence, found.effect) == (UNDECIDED, True, None)
+
+
+def test_the_smallest_adapter_must_not_reach_half_supervised() -> None:
+    """It is the control, and not found where it does, in one seed as in all; else it says how far the adapter came."""
+    law = BLIND["C18"]["the smallest suffices"]
+    for runs, share in ((played("C18", law), 0.7), (one_seed_of("C18", law), (0.7 + 4 * 0.3) / 5)):
+        found = reward_bits.verdict(list(runs), "cpu")
+        assert found.status == UNDECIDED
+        told = re.fullmatch(r"256 parameters reach (\d+)% supervised: not found", found.control)
+        assert told is not None
+        assert int(told[1]) == pytest.approx(100 * share, abs=2)
+    assert re.fullmatch(r"256 parameters reach (29|30|31)% supervised: found", judged("C18").control)
 
 
 def test_bits_below_zero_at_half_time_are_no_plateau() -> None:
@@ -627,9 +843,9 @@ def test_a_width_that_no_high_rank_fits_decides_nothing() -> None:
     assert "not found" in found.control
 
 
-@pytest.mark.parametrize("seeds", [(), (lab.SEEDS[0], lab.SEEDS[2])])
+@pytest.mark.parametrize("seeds", [(), lab.FEW, lab.SEEDS[1:]])
 def test_facts_that_were_not_run_are_not_judged(seeds: tuple[int, ...]) -> None:
-    """The shift alone does not tell of facts, nor do facts of two seeds."""
+    """The shift alone does not tell of facts, nor do facts of some seeds."""
     runs = [run for run in played("C22") if run.spec.task != "facts" or run.spec.seed in seeds]
     assert CLAIMS["C22"].verdict(runs, "cpu").status == UNDECIDED
 
@@ -659,16 +875,22 @@ def test_ranks_are_low_and_eps_is_small(name: str, size: str) -> None:
         assert design.precision == lab.SIZES[size].precision
 
 
+def test_judged_seeds_are_fresh() -> None:
+    """Five, and of them the first three; none with which designs were tried out or rules mended."""
+    assert len(set(lab.SEEDS)) == len(lab.SEEDS) == 5
+    assert lab.SEEDS[:3] == lab.FEW
+    assert min(lab.SEEDS) > 5
+
+
 @pytest.mark.parametrize(("name", "size"), DESIGNS)
 def test_seeds_are_paired(name: str, size: str) -> None:
-    """The same three or more at every rate of every arm of one kind; five where rewards are compared by a test."""
+    """Every rate of an arm has the same five, of an arm that is dear the same three, each once."""
     for arm, specs in arms(name, size).items():
-        by_rate: dict[float, set[int]] = defaultdict(set)
+        by_rate: dict[float, list[int]] = defaultdict(list)
         for spec in specs:
-            by_rate[spec.lr].add(spec.seed)
-        least = 5 if arm.objective == "rl" and name == "C17" else 3
-        assert all(seeds == by_rate[specs[0].lr] and len(seeds) >= least for seeds in by_rate.values())
-    assert len({frozenset(s.seed for s in specs) for arm, specs in arms(name, size).items() if name != "C18"}) <= 1
+            by_rate[spec.lr].append(spec.seed)
+        for seeds in by_rate.values():
+            assert sorted(seeds) == list(seeds_of(name, arm, size))
 
 
 @pytest.mark.parametrize(("name", "size"), [d for d in DESIGNS if d[0] in TUNED or d[0] == "C19"])
@@ -810,17 +1032,18 @@ def test_means_over_seeds_lose_no_divergence() -> None:
 
 
 def test_the_optimum_is_the_planted_one() -> None:
-    """In each seed, at its own best rate and loss; none of an arm that is not bracketed in one of them."""
+    """In each seed, at its own best rate; an arm that is not bracketed in one of them says why."""
     law = other(rate_noise=0.1)
     runs = [record(replace(ARM, lr=rate, seed=seed), Planet(law, CPU))
             for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2) for seed in lab.SEEDS]  # fmt: skip
-    found = lab.tuned(runs, ARM)
-    assert found is not None
-    for seed, best in zip(lab.SEEDS, found, strict=True):
+    for seed in lab.SEEDS:
+        best = lab.optimum(runs, ARM, seed)
+        assert best is not None
+        assert best.bracketed
         assert best.log_rate == pytest.approx(Planet(law, CPU).log_best(replace(ARM, seed=seed), CPU.steps))
     assert lab.why_not(runs, ARM) == ""
     cut = [r for r in runs if r.spec.seed != lab.SEEDS[1] or r.spec.lr < 2e-2]
-    assert lab.tuned(cut, ARM) is None
+    assert lab.why_not(cut, ARM, lab.SEEDS[2:]) == ""
     assert lab.why_not(cut, ARM).startswith(f"the best rate of lora r16, seed {lab.SEEDS[1]}, has")
     assert lab.why_not([], ARM) == f"lora r16 on qwen3-1m has no run of seed {lab.SEEDS[0]}"
 
@@ -861,7 +1084,8 @@ def test_the_start_is_nothing_where_none_began() -> None:
 
 
 def test_a_grid_waits_then_grows_in_every_seed() -> None:
-    """Beyond the end at which the best of any seed lies; nothing is asked twice, and nothing before all have ended."""
+    """Beyond the end at which the best of any seed lies; nothing is asked twice, and nothing before all have ended, well
+    or badly."""
     rates, place = CPU.lora_rates, Planet(other(ratio=3.0), CPU)  # the best is the last but one
     further = [rounded(lab.STEP**k * rates[-1]) for k in (1, 2)]
     assert {(s.lr, s.seed) for s in lab.grid([], ARM, rates)} == {(r, s) for r in rates for s in lab.SEEDS}
@@ -869,6 +1093,10 @@ def test_a_grid_waits_then_grows_in_every_seed() -> None:
     grown = {s.lr for s in lab.grid(runs, ARM, rates)}
     assert grown == {*rates, further[0]}
     assert {s.lr for s in lab.grid(runs[:-1], ARM, rates)} == set(rates)
+    assert {s.lr for s in lab.grid([*runs[:-1], but(runs[-1], INTERRUPTED)], ARM, rates)} == set(rates)
+    assert {s.lr for s in lab.grid([but(runs[0], OOM), *runs[1:]], ARM, rates)} == grown
+    few = [run for run in runs if run.spec.seed in lab.FEW]
+    assert {(s.lr, s.seed) for s in lab.grid(few, ARM, rates, lab.FEW)} == {(r, s) for r in grown for s in lab.FEW}
     earlier = {s.lr for s in lab.grid(runs, ARM, rates, steps=(CPU.short,))}  # the best rate is twice as high there
     assert earlier == {*rates, *further}
     specs = lab.grid(runs, ARM, rates)
@@ -900,55 +1128,61 @@ def sharp(runs: Sequence[RunRecord], margin: float, seeds: int = 1) -> tuple[boo
     return shared.sharp(runs, [ARM], margin, lab.SEEDS[:seeds])
 
 
-def test_the_nearest_rate_that_is_off_has_to_cost_the_margin() -> None:
-    """Of those that are off by the factor or more, on the side where it costs less."""
-    runs = valley((1 / 6, 1 / 3, 1 / 1.5, 1.0, 1.5, 2.5, 5.0))
-    cost = 0.1 * math.log(2.5) ** 2
-    told = f"a rate off by 2 costs at least {cost:.3f} nats, margin {0.99 * cost:.3f}: found"
-    assert sharp(runs, 0.99 * cost) == (True, told)
-    assert not sharp(runs, 1.01 * cost)[0]
-    mirrored = valley((1 / 5, 1 / 2.5, 1 / 1.5, 1.0, 1.5, 3.0, 6.0))
-    assert sharp(mirrored, 0.99 * cost)[0]
-    assert not sharp(mirrored, 1.01 * cost)[0]
+#: what a rate off by a factor of 2 costs where the loss is 2 + 0.1 ln(factor)^2
+COST = 0.1 * math.log(2) ** 2
+
+
+@pytest.mark.parametrize(
+    "factors", [(1 / 6, 1 / 2.5, 1.0, 2.5, 6.0), (1 / 1.9, 1 / 1.4, 1.0, 1.4, 1.9), (0.3, 0.5, 0.8, 1.3, 2.1)]
+)
+def test_a_rate_that_is_off_has_to_cost_the_margin(factors: Sequence[float]) -> None:
+    """By the planted parabola, whether rates so far off were run or only nearer ones, and wherever they lie."""
+    runs = valley(factors)
+    told = f"a rate off by a factor of 2 costs at least {COST:.3f} nats, margin {0.99 * COST:.3f}: found"
+    assert sharp(runs, 0.99 * COST) == (True, told)
+    told = f"a rate off by a factor of 2 costs at least {COST:.3f} nats, margin {1.01 * COST:.3f}: not found"
+    assert sharp(runs, 1.01 * COST) == (False, told)
+
+
+def test_what_diverges_far_off_is_no_cost() -> None:
+    """The parabola through what was finite decides: a cliff beyond it makes a flat U no sharper."""
+    runs = [*valley((1 / 3, 1 / 1.5, 1.0, 1.5, 1.9)), with_losses(2.2 * BEST, {0: 9.0}, DIVERGED)]
+    assert sharp(runs, 0.99 * COST)[0]
+    assert not sharp(runs, 1.01 * COST)[0]
+
+
+def test_the_cost_of_a_rate_is_that_at_the_step_that_is_read() -> None:
+    """A U that is sharp at the end may be flat before."""
+    runs = [with_losses(BEST * f, {0: 9.0, 30: 3.0 + 0.01 * math.log(f) ** 2, 200: 2.0 + 0.1 * math.log(f) ** 2})
+            for f in (1 / 3, 1 / 1.5, 1.0, 1.5, 3.0)]  # fmt: skip
+    for step, curvature in ((None, 0.1), (200, 0.1), (30, 0.01)):
+        for share, seen in ((0.99, True), (1.01, False)):
+            margin = share * curvature * math.log(2) ** 2
+            assert shared.sharp(runs, [ARM], margin, lab.SEEDS[:1], step)[0] is seen
+
+
+def of_rank(rank: int, runs: Sequence[RunRecord]) -> list[RunRecord]:
+    return [replace(run, spec=replace(run.spec, rank=rank)) for run in runs]
 
 
 def test_every_arm_has_to_be_sharp() -> None:
     """The flattest decides, wherever it stands."""
     four, factors = replace(ARM, rank=4), (1 / 3, 1 / 1.5, 1.0, 1.5, 3.0)
-    flat = [replace(run, spec=replace(run.spec, rank=4)) for run in valley(factors, curvature=0.01)]
+    runs = [*valley(factors), *of_rank(4, valley(factors, curvature=0.01))]
     for designs, seen in (([ARM], True), ([four], False), ([ARM, four], False), ([four, ARM], False)):
-        assert shared.sharp([*valley(factors), *flat], designs, 0.05, lab.SEEDS[:1])[0] is seen
-
-
-def test_a_rate_that_diverges_costs_enough() -> None:
-    """In one seed as in all; it has no loss to be averaged."""
-    factors, far = (1 / 3, 1 / 1.5, 1.0, 1.5, 1.9), 2.2
-    for seeds in (lab.SEEDS[:1], lab.SEEDS[:2]):
-        runs = [run for seed in lab.SEEDS[:2] for run in valley(factors, seed=seed)]
-        runs += [with_losses(far * BEST, {0: 9.0}, DIVERGED, seed) for seed in seeds]
-        runs += [run for seed in set(lab.SEEDS[:2]) - set(seeds) for run in valley((far,), seed=seed)]
-        assert sharp(runs, 0.1, seeds=2)[0]
-
-
-def test_without_a_rate_so_far_off_nothing_is_seen() -> None:
-    """On either side, and where but one of two seeds has it."""
-    near = (1 / 1.9, 1 / 1.4, 1.0, 1.4, 1.9)
-    for factors in (near, (*near, 2.5), (1 / 2.5, *near)):
-        assert sharp(valley(factors), 1e-6) == (False, "a rate off by 2 no rate so far off was run: not found")
-    assert sharp(valley((1 / 2.5, *near, 2.5)), 1e-6)[0]
-    first, second = lab.SEEDS[:2]
-    runs = [*valley((1 / 2.5, *near, 2.5), seed=first), *valley((1 / 2.5, *near), seed=second)]
-    assert not sharp(runs, 1e-6, seeds=2)[0]
+        assert shared.sharp(runs, designs, COST / 2, lab.SEEDS[:1])[0] is seen
 
 
 def test_the_mean_over_seeds_is_sharp_or_not() -> None:
-    """Around the mean best rate and against the mean best loss, not seed by seed."""
-    first, second = lab.SEEDS[:2]
-    factors = (1 / 4, 1 / 2.2, 1 / 1.4, 1.0, 1.4, 2.2, 4.0)
-    runs = [*valley(factors, 0.1, first), *valley(factors, 0.3, second)]
-    cost = 0.2 * math.log(2.2) ** 2
-    assert sharp(runs, 0.99 * cost, seeds=2)[0]
-    assert not sharp(runs, 1.01 * cost, seeds=2)[0]
+    """Of each arm, not its flattest seed and not the pooled arms; a seed that is not judged counts for nothing."""
+    one, two, three = lab.SEEDS[:3]
+    factors = (1 / 4, 1 / 2.2, 1.0, 2.2, 4.0)
+    runs = [*valley(factors, 0.1, one), *valley(factors, 0.3, two), *valley(factors, 0.001, three)]
+    runs += of_rank(4, [*valley(factors, 0.5, one), *valley(factors, 0.1, two)])
+    for share, seen in ((0.99, True), (1.01, False)):  # means of the curvatures 0.2 and 0.3
+        margin = share * 0.2 * math.log(2) ** 2
+        assert sharp(runs, margin, seeds=2)[0] is seen
+        assert shared.sharp(runs, [ARM, replace(ARM, rank=4)], margin, lab.SEEDS[:2])[0] is seen
 
 
 # ---------------------------------------------------------------- completing
@@ -1024,8 +1258,7 @@ def test_every_claim_registers_something_of_its_own() -> None:
             assert json.loads(canonical(document)) == document
             assert (document["rule"], document["metric"]) == (module.RULE, module.METRIC)
             assert document["hypothesis"] == module.SENTENCE
-            assert set(document["seeds"]) >= set(lab.SEEDS)
-            assert not set(document["seeds"]) & {0, 1, 2}  # of the runs with which designs were tried out
+            assert document["seeds"] == list(lab.FEW if name in DEAR else lab.SEEDS)
             assert len(document["designs"]) == len(set(module.specs(lab.SIZES[size], [])))
             found[registry.digest(document)] = name, size
     assert len(found) == 2 * len(CLAIMS)
@@ -1189,14 +1422,18 @@ def test_a_page_has_every_run_and_always_the_same_bytes() -> None:
 
 
 def test_a_page_shows_what_has_no_p() -> None:
-    """What was not run yet counts in the family; what failed without a test is not corrected and stays."""
-    text = page.verification(study.entries([], "cpu", study.chosen(["C05", "C10"])), {})
+    """Arithmetic is no test and stays; what was not run yet has none either, but counts in the family of what has."""
+    some = study.chosen(["C01", "C10", "C17"])
+    text = page.verification(study.entries([], "cpu", some), {})
     assert text.count("verdict: **not run**") == 2
+    assert "verdict: **holds**" in text
     assert "\n- p: " not in text
-    events = events_of(played("C10", CONTRARY["C10"]["ranks leave at once"]))
-    text = page.verification(study.entries(events, "cpu", study.chosen(["C10"])), {})
+    law = CONTRARY["C10"]["ranks leave at once"]
+    text = page.verification(study.entries(events_of(played("C10", law)), "cpu", some), {})
     assert "**fails**: left rank 32" in text
-    assert "\n- p: " not in text
+    alone = judged("C10", law).p
+    assert alone is not None
+    assert re.findall(r"\n- p: (.*)", text) == [f"{2 * alone:.2g} after Holm over 2 tests, {alone:.2g} alone"]
 
 
 def test_entries_say_what_they_are() -> None:
@@ -1210,8 +1447,8 @@ def test_entries_say_what_they_are() -> None:
     assert early.registration == "registered before the first of its runs started"
     assert early.registered == registration("C05")["key"][:12]
     assert early.verdict.status == UNDECIDED  # one of its runs diverged
-    assert early.asked == len(early.runs) == 15
-    assert early.cost_s == 8.0 * 15
+    assert early.asked == len(early.runs) == 25  # four ranks at one rate, one of them at another, five seeds
+    assert early.cost_s == 8.0 * 25
     assert ratio.registration.startswith(f"registered after {len(ratio.runs)} of its {len(ratio.runs)} runs")
     assert bits.registration == "not registered"
     assert (rewards.picture, kernels.picture) == ("figures/c17-cpu.svg", "figures/c23-cpu.svg")

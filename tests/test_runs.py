@@ -152,7 +152,9 @@ def test_f1_kill_9_at_twenty_random_moments_loses_no_finished_run(base: Path, tm
     directory, rng = tmp_path / "killed", random.Random(5)
     # from a server: a fork of this process, with threads of a dozen libraries, once hung for good
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["transformers.models.qwen3.modeling_qwen3", "peft", "runner.execute", "runner.sweep"])
+    server.set_forkserver_preload(
+        ["transformers.models.qwen3.modeling_qwen3", "peft", "runner.execute", "runner.sweep"]
+    )
     before: dict[str, Any] = {}
     kills = broken = 0
     while kills < 20:
