@@ -111,13 +111,13 @@ def scoreboard(found: Sequence[Score], runs: Iterable[RunRecord]) -> str:
     every = sorted(runs, key=lambda run: run.key)
     ordered = sorted(found, key=lambda s: (QUANTITIES.index(s.quantity), s.stack, s.gpu, s.key))
     return "\n".join([
-        "## Own runs: predicted before, measured after", "",
+        "# Predicted before the run, measured after it", "",
         "`ratio` is measured / predicted, `error` is |ratio - 1|, `covered` is the share of measurements inside the "
         "90 % interval. `fed a fit`: runs whose measurements later fed the constants; all predictions are those "
         "written before the run started.", "",
         *_table(ordered), "",
-        "### Runs by status", "", *_statuses(every), "",
-        "### Worst misses", "", *_misses(ordered, every), "",
+        "## Runs by status", "", *_statuses(every), "",
+        "## Worst misses", "", *_misses(ordered, every), "",
     ])  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from lora_planner import __version__
 from lora_planner.commands.budget import budget
 from lora_planner.commands.check import check
 from lora_planner.commands.compare import compare
+from lora_planner.commands.diagnose import diagnose
 from lora_planner.commands.export import export
 from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
 from lora_planner.options import (
@@ -71,7 +72,7 @@ def main() -> None:
     """
 
 
-for command in (budget, check, compare, export):
+for command in (budget, check, compare, diagnose, export):
     main.add_command(command)
 
 
@@ -300,10 +301,11 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
     "--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Of the claims' runs."
 )
 def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -> None:
-    """How wrong the planner is: on published measurements, and on runs recorded here.
+    """How wrong the planner is: on public measurements, or, of RUNS.jsonl, on runs recorded here.
 
     \b
-    lora-plan report lora-plan-runs/runs.jsonl --to scoreboard.md
+    lora-plan report --to reports/scoreboard.md
+    lora-plan report lora-plan-runs/runs.jsonl --to own-runs.md
     lora-plan report reports/runs/cpu.jsonl --claims --to reports/verification.md
     """
     from lora_planner.record import merge, read_events
@@ -320,18 +322,18 @@ def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -
         if not journals:
             raise UsageError("--claims without a journal", "", "Name the runs.jsonl of `lora-plan verify CLAIM`.")
         page = _claims_page(events, size, Path(to).parent if to else None)
+    elif journals:
+        from calibrate.score import scoreboard, scores
+        from calibrate.verdict import arm_table, arms
+
+        runs = list(merge(events).values())
+        parts = [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
+        page = "\n".join(parts)
     else:
         _track()
         from calibrate.track.page import record
 
         page = record()
-    if events and not claims:
-        from calibrate.score import scoreboard, scores
-        from calibrate.verdict import arm_table, arms
-
-        runs = list(merge(events).values())
-        losses = ["### Held-out losses by learning rate", "", *arm_table(arms(runs))]
-        page = "\n".join([page.rstrip(), "", scoreboard(scores(runs), runs), *losses])
     if to:
         try:
             Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")

@@ -124,13 +124,14 @@ def stacks() -> tuple[str, ...]:
 
 
 def default_stack(gpu: Gpu) -> str:
-    """Our own loop where it was measured on this very GPU, else what most people run.
+    """Our own loop where it was measured on this very GPU, else what most people run. A processor has our own loop's
+    wide interval until it is measured: all published timings are of GPUs.
 
     >>> default_stack(Gpu("none", (), 1, 1.0, {}, "cpu", "", None))
-    'hf-trl'
+    'lora-plan'
     """
     own = any(row.stack == OWN_STACK and row.gpu == gpu.name for row in measured().constants)
-    return OWN_STACK if own else DEFAULT_STACK
+    return OWN_STACK if own or gpu.form == CPU else DEFAULT_STACK
 
 
 def stack(name: str, gpu: Gpu) -> Stack:

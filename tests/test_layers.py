@@ -83,5 +83,5 @@ def test_the_planner_stays_light(path: Path) -> None:
         assert root not in HEAVY, f"{path.name} imports {name}"
         assert not (root in OPTIONAL and at_top), f"{path.name} imports {name} when it is loaded"
         if root in ("calibrate", "runner"):
-            assert path.name == "cli.py"
+            assert path.name == "cli.py" or path.parent.name == "commands"
             assert not at_top
