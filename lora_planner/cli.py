@@ -366,7 +366,11 @@ def score(tables: tuple[str, ...], to: str | None, as_json: bool) -> None:  # fm
         rows = track.read(Path(name))
         cases += track.kind_of(list(rows[0]), name).cases(rows)
     if to:
-        _write_cases(to, [board.plain_case(case) for case in cases])
+        from lora_planner.pages import text
+
+        every = [board.plain_case(case) for case in cases]
+        names = list(dict.fromkeys(name for row in every for name in row))
+        text.write(to, text.csv_text([{name: row.get(name) for name in names} for row in every]))
     from lora_planner import render
 
     if as_json:
@@ -393,19 +397,6 @@ def _track() -> tuple[Any, Any]:
     except ImportError as error:
         raise EnvironmentMissing(f"{error.name} is not installed", "score", "pip install 'lora-plan[train]'") from None
     return track, board
-
-
-def _write_cases(to: str, rows: list[dict[str, Any]]) -> None:
-    import csv
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    try:
-        with Path(to).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise BadInput(f"cannot write the cases: {error.strerror or error}", to, "Name another file.") from None
 
 
 def _runner() -> Any:
