@@ -335,7 +335,8 @@ def _cases(e: Entry, source: str, step: Step, law: SampleLaw, evaluation: Evalua
             one = replace(one, predicted=train.scaled(SEQ_LEN / (e.n or 1), "tokens/s a GPU"))
         found.append(one if rate is not None else replace(one, reason=reason, fitted=False))
     if e.samples:
-        one = case("samples to target", "sequences", e.samples)
+        told = {"error of 2791 (1 + B / 38)": abs(2791 * (1 + e.batch / 38) / e.samples - 1)} if e.batch else {}
+        one = replace(case("samples to target", "sequences", e.samples), details=told)
         found.append(
             replace(one, predicted=samples) if samples else replace(one, reason="the batch is not stated", fitted=False)
         )

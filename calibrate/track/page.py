@@ -9,6 +9,7 @@ import numpy as np
 
 from calibrate.track import TABLES, Row, board, kind_of, read
 from calibrate.track.case import Case
+from lora_planner import memory
 
 #: written by benchmarks/peers.py: predictions of other planners on the same rows, made in one run with ours
 PEERS = Path(__file__).parent / "peers.csv"
@@ -48,7 +49,7 @@ def record() -> str:
             lines += board.section("Left out", without[quantity])
         if quantity in shipped:
             lines += board.section("As shipped", shipped[quantity])
-    return "\n".join([*lines, *beside(read(PEERS))])
+    return "\n".join([*lines, *beside(read(PEERS)), *unexplained()])
 
 
 def _headlines(shipped: dict[str, list[Case]], without: dict[str, list[Case]]) -> list[tuple[str, Sequence[Case]]]:
@@ -57,6 +58,16 @@ def _headlines(shipped: dict[str, list[Case]], without: dict[str, list[Case]]) -
         for quantity, some in without.items()
     ]
     return found + [(f"{quantity}, as shipped", some) for quantity, some in shipped.items()]
+
+
+def unexplained() -> list[str]:
+    """What of a predicted peak has no mechanism behind it."""
+    rows = memory.constants()
+    names = {"unexplained": "of the counted tensors, with no mechanism", "allocator_fraction": "of what comes and goes within a "
+             "step, lost between the allocator's blocks"}  # fmt: skip
+    return ["## Constants of the peak", "",
+            *(f"- {name}: {100 * rows[name].value:.1f} % [{100 * rows[name].low:.1f}, {100 * rows[name].high:.1f}] {what} "
+              f"({rows[name].basis}, {rows[name].n} rows)" for name, what in names.items()), ""]  # fmt: skip
 
 
 def beside(rows: Sequence[Row]) -> list[str]:
