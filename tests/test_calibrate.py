@@ -193,11 +193,12 @@ def test_calibration_shrinks_errors_on_runs_it_did_not_see(own_home: Path) -> No
 
 
 def test_measured_rows_make_our_loop_the_default_of_their_gpu(own_home: Path) -> None:
-    """Only where this very device was probed."""
-    assert default_stack(CPU) == "hf-trl"
-    write(probe.fit(probes(CPU), CPU), own_home)
-    assert default_stack(CPU) == "lora-plan"
+    """A GPU has it only where this very device was probed; a processor always: published timings are of GPUs."""
     assert default_stack(CUDA) == "hf-trl"
+    write([constant("launch_s", 1e-5, CUDA.name)], own_home)
+    assert default_stack(CUDA) == "lora-plan"
+    assert default_stack(replace(CUDA, name="another")) == "hf-trl"
+    assert default_stack(CPU) == "lora-plan"
 
 
 def constant(name: str, value: float, gpu: str = "g") -> Constant:
