@@ -15,6 +15,7 @@ from runner.publish import publish
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "reports/runs"
+NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
 
 
 def rendered(tmp_path: Path, *words: str) -> str:
@@ -41,8 +42,13 @@ def test_the_page_of_own_runs_is_that_of_the_records(tmp_path: Path) -> None:
 
 
 def test_the_track_record_is_that_of_the_tables(tmp_path: Path) -> None:
-    """A change in any prediction of a public measurement shows in the diff of the scoreboard."""
-    assert rendered(tmp_path) == (ROOT / "reports/scoreboard.md").read_text()
+    """A change in any prediction of a public measurement shows in the diff of the scoreboard. Another processor's fits
+    differ in digits that rounding may bring up: one unit of the last digit shown is no difference."""
+    now, then = (re.split(NUMBER, page) for page in (rendered(tmp_path), (ROOT / "reports/scoreboard.md").read_text()))
+    assert now[::2] == then[::2]
+    for one, other in zip(now[1::2], then[1::2], strict=True):
+        unit = 10.0 ** -len(one.partition(".")[2]) if "." in one else 0.0
+        assert abs(float(one.replace(",", "")) - float(other.replace(",", ""))) <= 1.001 * unit, (one, other)
 
 
 def test_publishing_rounds_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
