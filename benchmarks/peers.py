@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from calibrate.track import TABLES, Row, read, speed
+from calibrate.track import TABLES, Row, board, read, speed
 from calibrate.track.case import Case
 from calibrate.track.setting import Setting
 from lora_planner.errors import LoraPlanError
@@ -416,7 +416,7 @@ def tokens_of_step(s: Setting, row: Row) -> float:
 
 
 def errors(found: Sequence[Line], planner: str) -> list[float]:
-    return sorted(abs(line.error(planner)) for line in found if planner in line.said and _comparable(line.case))
+    return [line.error(planner) for line in found if planner in line.said and _comparable(line.case)]
 
 
 def _comparable(case: Case) -> bool:
@@ -432,10 +432,9 @@ def summary(found: Sequence[Line], planners: Sequence[str]) -> list[str]:
             off = errors(some, planner)
             if not off:
                 continue
-            signed = [line.error(planner) for line in some if planner in line.said and _comparable(line.case)]
-            p95 = off[min(len(off) - 1, math.ceil(0.95 * len(off)) - 1)]
-            out.append(f"| {planner} | {which} | {len(off)} | {statistics.median(off):.1%} | {p95:.1%} | "
-                       f"{off[-1]:.1%} | {statistics.median(signed):+.1%} |")  # fmt: skip
+            median, p95, worst = board.spread(off)
+            out.append(f"| {planner} | {which} | {len(off)} | {median:.1%} | {p95:.1%} | "
+                       f"{worst:.1%} | {statistics.median(off):+.1%} |")  # fmt: skip
     return out
 
 

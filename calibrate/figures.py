@@ -1,4 +1,4 @@
-"""A record.Plot as a picture: SVG whose bytes depend on the plot and on matplotlib's version, on nothing else."""
+"""A record.Plot as a picture, SVG or PNG: SVG whose bytes depend on the plot and on matplotlib's version, on nothing else."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lora_planner.render import one_line
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv<>p"
 INCHES = (6.4, 4.0)
+DPI = 160
 #: a line through more points than these goes without markers
 MARKED = 16
 #: characters that fit across the picture, in the sizes below
@@ -48,7 +49,7 @@ STYLE = {
 
 
 def draw(plot: Plot, path: Path) -> None:
-    """Writes the plot as SVG. Lines have bands and points have bars where `low` and `high` are given.
+    """Writes the plot as SVG, or as PNG where the name ends so. Lines have bands and points have bars where `low` and `high` are given.
 
     Series of one name, such as points and the fit through them, share a colour and a place in the legend.
     What a log axis has no place for is left out; an interval without an end runs out of the picture.
@@ -72,7 +73,10 @@ def draw(plot: Plot, path: Path) -> None:
         _ticks(axes.xaxis, plot.x_log, places(plot))
         _ticks(axes.yaxis, plot.y_log, [])
         _legend(figure, handles)
-        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
+        if path.suffix.lower() == ".png":
+            figure.savefig(picture, format="png", dpi=DPI)
+        else:
+            figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
     path.write_bytes(picture.getvalue())
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+import sys
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -97,6 +98,16 @@ def read_json(path: Path, where: str, root: Path | None = None, limit: int = MAX
     if len(raw) > limit:
         raise _too_long(limit, where)
     return parse_json(raw, where)
+
+
+def read_argument(text: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object that a word of the command line names: a file's, or stdin's where it is `-`."""
+    if text != "-":
+        return read_json(Path(text), Path(text).name, limit=limit)
+    raw = sys.stdin.buffer.read(limit + 1)
+    if len(raw) > limit:
+        raise _too_long(limit, "stdin")
+    return parse_json(raw, "stdin")
 
 
 def _too_long(limit: int, where: str) -> BadInput:

@@ -380,22 +380,40 @@ def _largest(p: Priced, most: int = 5) -> str:
     return ", ".join(f"{t.name} {units.gib(t.value)}" for t in terms[:most])
 
 
+#: kinds of memory that a bar shows, and the terms of each; the last one has all others
+MEMORY_KINDS = (
+    ("weights", ("weights", "adapters")),
+    ("training state", ("gradients", "optimizer states", "optimizer temporary")),
+    ("logits", ("logits", "logit gradients", "head", "model output")),
+    ("activations and rest", ()),
+)
+_KIND_STYLES = ("blue", "magenta", "yellow", "cyan")
+
+
+def memory_kinds(terms: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Bytes by kind, of the terms of one phase.
+
+    >>> memory_kinds([("weights", 3.0), ("mask", 1.0)])
+    {'weights': 3.0, 'training state': 0.0, 'logits': 0.0, 'activations and rest': 1.0}
+    """
+    kind_of = {term: kind for kind, some in MEMORY_KINDS for term in some}
+    sums = {kind: 0.0 for kind, _ in MEMORY_KINDS}
+    for name, value in terms:
+        sums[kind_of.get(name, MEMORY_KINDS[-1][0])] += value
+    return sums
+
+
 def memory_bar(p: Priced, width: int = 48) -> Any:
     """The peak's terms as a bar of the GPU's memory."""
     from rich.text import Text
 
     c = p.configuration
     assert c.gpu and p.memory
-    kinds = (("weights", "blue", ("weights", "adapters")),
-             ("training state", "magenta", ("gradients", "optimizer states", "optimizer temporary")),
-             ("logits", "yellow", ("logits", "logit gradients", "head", "model output")))  # fmt: skip
     ledger = p.memory.phases[p.memory.peak_phase]
     full, empty = ("█", "░") if terminal().encoding.startswith("utf") else ("#", ".")
     bar, legend, used = Text(), [], 0
-    known = {name for _, _, names in kinds for name in names}
-    groups = [(name, style, sum(ledger[n] for n in names)) for name, style, names in kinds]
-    groups.append(("activations and rest", "cyan", sum(t.value for t in ledger.terms if t.name not in known)))
-    for name, style, value in groups:
+    kinds = memory_kinds((t.name, t.value) for t in ledger.terms)
+    for (name, value), style in zip(kinds.items(), _KIND_STYLES, strict=True):
         cells = min(width - used, round(width * value / c.gpu.memory_bytes))
         bar.append(full * cells, style)
         used += cells

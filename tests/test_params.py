@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibrate.track.lora_counts import SETS
 from lora_planner.arch import from_config
 from lora_planner.errors import BadInput, LoraPlanError
 from lora_planner.method import method
@@ -20,19 +21,6 @@ from lora_planner.model_source import load_model
 from lora_planner.params import file_bytes, stored_params, trainable_params
 
 GOLDEN = Path(__file__).parents[1] / "calibrate" / "tables"
-NAMES = ("gate_proj", "up_proj", "down_proj")
-#: target set of the golden table -> (--targets, --experts)
-SETS: dict[str, tuple[tuple[str, ...], str]] = {
-    "all-linear": (("peft-all-linear",), "none"),
-    "attn-only": (("attention",), "none"),
-    "attn+ssm": (("attention", "ssm"), "none"),
-    "mlp-linear-only": (("mlp",), "none"),
-    "text-linear": (("all-linear",), "none"),
-    "text-linear+lm_head": (("all-linear", "unembed"), "none"),
-    "mlp-names": (NAMES, "none"),
-    "experts-fused": (("experts",), "fused"),
-    "text-linear+experts": (("all-linear",), "fused"),
-}
 
 
 def rows(name: str) -> list[dict[str, str]]:

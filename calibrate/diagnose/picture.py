@@ -1,11 +1,8 @@
-"""The curves of a diagnosis as a record.Plot, and a Plot as SVG or PNG."""
+"""The curves of a diagnosis as a record.Plot; calibrate.figures draws it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from statistics import fmean
-from textwrap import fill
-from typing import Any
 
 from calibrate.diagnose.logs import Log
 from calibrate.diagnose.shape import Curve
@@ -13,7 +10,6 @@ from calibrate.diagnose.shape import usable as finite
 from calibrate.diagnose.verdict import Diagnosis
 from lora_planner.ledger import Estimate
 from lora_planner.record import Plot, Series
-from lora_planner.render import one_line
 
 #: points to which a noisy curve is averaged
 POINTS = 60
@@ -61,26 +57,3 @@ def _curves(log: Log, label: str) -> list[Series]:
         x, y = zip(*averaged(train), strict=True)
         found.append(Series(f"{label}, training", tuple(x), tuple(y), style="fit"))
     return found
-
-
-def write(picture: Plot, path: Path) -> None:
-    """As SVG, or as PNG where the name ends so; the same picture."""
-    from calibrate import figures
-
-    if path.suffix.lower() == ".svg":
-        figures.draw(picture, path)
-        return
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        style: dict[Any, Any] = figures.STYLE
-        matplotlib.rcParams.update(style)
-        figure = Figure(figsize=figures.INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(fill(one_line(picture.title), figures.TITLE_WIDTH))
-        axes.set_xlabel(picture.x_label)
-        axes.set_ylabel(picture.y_label)
-        figures._legend(figure, figures._series(axes, picture))
-        figure.savefig(path, format="png", dpi=160)

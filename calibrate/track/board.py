@@ -37,6 +37,16 @@ class Summary:
     asked: int
 
 
+def spread(errors: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 95 % quantile and worst of their sizes.
+
+    >>> spread([0.1, -0.3, 0.2])[::2]
+    (0.2, 0.3)
+    """
+    size = np.abs(errors)
+    return float(np.median(size)), float(np.quantile(size, 0.95)), float(size.max())
+
+
 def summary(cases: Sequence[Case]) -> Summary:
     """
     >>> from lora_planner.ledger import Estimate
@@ -51,9 +61,7 @@ def summary(cases: Sequence[Case]) -> Summary:
     inside = [covered for case in cases if (covered := case.covered) is not None]
     if not errors:
         return Summary(0, math.nan, math.nan, math.nan, math.nan, sum(inside), len(inside))
-    size = np.abs(errors)
-    return Summary(len(errors), float(np.median(size)), float(np.quantile(size, 0.95)), float(size.max()),
-                   float(np.median(errors)), sum(inside), len(inside))  # fmt: skip
+    return Summary(len(errors), *spread(errors), float(np.median(errors)), sum(inside), len(inside))
 
 
 def grouped(cases: Sequence[Case], by: Callable[[Case], str]) -> dict[str, list[Case]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from calibrate.track import TABLES, Row, board, kind_of, read
 from calibrate.track.case import Case
 from lora_planner import memory
@@ -83,16 +81,10 @@ def beside(rows: Sequence[Row]) -> list[str]:
         for other in OTHERS:
             both = [row for row in some if row[other] and row[OURS[1]]]
             if both:
-                theirs, mine = (_errors(both, name) for name in (other, OURS[1]))
-                lines.append(
-                    f"| {board.inert(quantity)} | {other} | {len(both)} | {' | '.join([*_three(theirs), *_three(mine)])} |"
-                )
+                said = [*_spread(both, other), *_spread(both, OURS[1])]
+                lines.append(f"| {board.inert(quantity)} | {other} | {len(both)} | {' | '.join(said)} |")
     return [*lines, ""]
 
 
-def _errors(rows: Sequence[Row], planner: str) -> list[float]:
-    return [abs(float(row[planner]) / float(row["measured"]) - 1) for row in rows]
-
-
-def _three(errors: Sequence[float]) -> list[str]:
-    return [board.percent(float(x)) for x in (np.median(errors), np.quantile(errors, 0.95), max(errors))]
+def _spread(rows: Sequence[Row], planner: str) -> list[str]:
+    return [board.percent(x) for x in board.spread([float(row[planner]) / float(row["measured"]) - 1 for row in rows])]

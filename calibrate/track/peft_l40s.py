@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from calibrate import memory as peaks
-from calibrate.track import TABLES, Row, speed
-from calibrate.track import read as table
+from calibrate.track import Row, speed
 from calibrate.track.case import Case
 from calibrate.track.measured import memory_cases
 from calibrate.track.setting import Measured, Setting, number, read
@@ -80,7 +79,6 @@ def cases(rows: Sequence[Row]) -> list[Case]:
 
 def held_out(rows: Sequence[Row]) -> list[Case]:
     """The same by constants that were fitted on the measured runs of others than peft."""
-    others = [read(row) for row in table(TABLES / "measured.csv")]
-    known = peaks.held_out(others)["peft"]
+    known = peaks.held_out(peaks.settings())["peft"]
     found = [case for row in rows for case in memory_cases(setting(row), known)]
     return found + speed.peft_held_out(rows)

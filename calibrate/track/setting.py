@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 from calibrate.track import names
 from lora_planner.errors import LoraPlanError
@@ -737,13 +736,3 @@ def _memory_kind(low: str, stack: Stack) -> str:
     if "reserved" in low:
         return "reserved minus init" if "minus init" in low else "reserved"
     return "process" if "nvidia-smi" in low else stack.memory
-
-
-@cache
-def _known_fields() -> tuple[str, ...]:
-    return tuple(Setting.__dataclass_fields__)
-
-
-def as_dict(s: Setting) -> dict[str, Any]:
-    """The fields that a reader of a list wants to see."""
-    return {key: getattr(s, key) for key in _known_fields() if key not in ("model", "facts", "stack")}

@@ -117,10 +117,11 @@ def _planner(log: Log, recipe: Recipe | None, model_name: str | None, data: str 
 
 
 def _draw(found: Diagnosis, planner: Planner, path: str) -> None:
+    from calibrate import figures
     from calibrate.diagnose import picture
 
     try:
-        picture.write(picture.plot(found, planner.holds.penalty if planner.holds else None), Path(path))
+        figures.draw(picture.plot(found, planner.holds.penalty if planner.holds else None), Path(path))
     except ImportError as error:
         raise EnvironmentMissing(
             f"{error.name} is not installed", "--plot", "pip install 'lora-plan[report]'"

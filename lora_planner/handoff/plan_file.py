@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_planner.checkpoint import open_regular, parse_json
+from lora_planner.checkpoint import read_argument
 from lora_planner.errors import BadInput, LoraPlanError
 from lora_planner.facts import gpu
 from lora_planner.handoff.manifest import resolve
@@ -44,20 +44,10 @@ class Planned:
 
 def read_plan(text: str) -> dict[str, Any]:
     """The envelope in a file, or on stdin as `-`."""
-    if text == "-":
-        import sys
-
-        raw, where = sys.stdin.buffer.read(MAX_BYTES + 1), "stdin"
-    else:
-        path = Path(text)
-        where = path.name
-        if not path.exists():
-            raise BadInput("there is no such plan", text, AGAIN)
-        with open_regular(path, where) as file:
-            raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise BadInput(f"longer than {MAX_BYTES:,} bytes", where, AGAIN)
-    document = parse_json(raw, where)
+    where = "stdin" if text == "-" else Path(text).name
+    if text != "-" and not Path(text).exists():
+        raise BadInput("there is no such plan", text, AGAIN)
+    document = read_argument(text, MAX_BYTES)
     if document.get("schema_version") != SCHEMA or "result" not in document:
         raise BadInput("not a plan of this version of lora-plan", where, AGAIN)
     result = document["result"]

@@ -15,7 +15,7 @@ from typing import Any
 from lora_planner import units
 from lora_planner.errors import EnvironmentMissing
 from lora_planner.ledger import Estimate
-from lora_planner.render import one_line
+from lora_planner.render import MEMORY_KINDS, memory_kinds, one_line
 
 #: name: (light, dark). The eight a..h are told apart by people without red or green sight (Okabe and Ito 2008,
 #: darkened or lightened to 3:1 against the paper)
@@ -241,26 +241,8 @@ def log_place(value: float, low: float, high: float, left: float, right: float) 
 # ---------------------------------------------------------------- the charts
 
 
-#: kinds of memory: name, ink, terms of the ledger; what is in none of them is "activations and rest"
-MEMORY = (
-    ("weights", "a", ("weights", "adapters")),
-    ("training state", "d", ("gradients", "optimizer states", "optimizer temporary")),
-    ("logits", "b", ("logits", "logit gradients", "head", "model output")),
-    ("activations and rest", "c", ()),
-)
-
-
-def memory_kinds(terms: Sequence[tuple[str, float]]) -> list[tuple[str, str, float]]:
-    """(kind, ink, bytes) of the terms of one phase.
-
-    >>> memory_kinds([("weights", 3.0), ("mask", 1.0)])[::3]
-    [('weights', 'a', 3.0), ('activations and rest', 'c', 1.0)]
-    """
-    kind_of = {term: kind for kind, _, some in MEMORY for term in some}
-    sums = {kind: 0.0 for kind, _, _ in MEMORY}
-    for name, value in terms:
-        sums[kind_of.get(name, MEMORY[-1][0])] += value
-    return [(kind, ink, sums[kind]) for kind, ink, _ in MEMORY]
+#: of render.MEMORY_KINDS, in their order
+MEMORY_INKS = ("a", "d", "b", "c")
 
 
 def memory_bars(
@@ -287,7 +269,7 @@ def memory_bars(
     for i, (name, terms) in enumerate(phases):
         y, start = top + i * (bar + gap), 0.0
         d.shapes.append(Text(left - 8, y + 13, cut(name, left - 12), "ink", PLAIN, "end", name == peak_phase))
-        for kind, ink, value in memory_kinds(terms):
+        for ink, (kind, value) in zip(MEMORY_INKS, memory_kinds(terms).items(), strict=True):
             if value > 0:
                 d.shapes.append(Rect(x(start), y, x(start + value) - x(start), bar, ink, f"{kind} {units.gib(value)}"))
                 start += value
@@ -298,7 +280,7 @@ def memory_bars(
     d.shapes += [Line(((at, top - 6), (at, bottom)), "alarm", 1.5),
                  Text(at + (-3 if side == "end" else 3), 11, f"{cut(card, 150, SMALL)} {units.gib(card_bytes)}", "alarm", SMALL, side)]  # fmt: skip
     y = bottom + 32
-    for i, (kind, ink, _) in enumerate(MEMORY):
+    for i, ((kind, _), ink) in enumerate(zip(MEMORY_KINDS, MEMORY_INKS, strict=True)):
         at = left + (i % 2) * 140
         d.shapes += [Rect(at, y - 8 + 16 * (i // 2), 9, 9, ink), Text(at + 14, y + 16 * (i // 2), kind, "soft", SMALL)]
     return d

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from lora_planner import units
 from lora_planner.budget import RATES, Part
 from lora_planner.capacity import PENALTY_MARGIN
-from lora_planner.checkpoint import open_regular, parse_json
+from lora_planner.checkpoint import read_argument
 from lora_planner.errors import BadInput, Infeasible, OverBudget
 from lora_planner.facts import COMMITMENTS, MAX_USD_PER_GPU_HOUR, Price
 from lora_planner.ledger import ASSUMED, BASES, EXACT, Estimate
@@ -157,18 +156,8 @@ class Sheet:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The document in a plan file, or on stdin as `-`: strict JSON of bounded size."""
-    if path == "-":
-        import sys
-
-        raw, where = sys.stdin.buffer.read(MAX_BYTES + 1), "stdin"
-    else:
-        where = Path(path).name
-        with open_regular(Path(path), where) as file:
-            raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise BadInput(f"a plan of over {units.gib(MAX_BYTES)}", where, MADE_BY)
-    return parse_json(raw, where)
+    """The document in a plan file, or on stdin as `-`."""
+    return read_argument(path, MAX_BYTES)
 
 
 def plan_hash(result: Any) -> str:
