@@ -22,18 +22,19 @@ from lora_planner.options import (
     ADAPTER,
     FINE,
     GPU,
-    JOB,
     JSON,
     MODEL,
     OFFLINE,
     PRICES,
     RUNS,
     STEP,
+    WORK,
     job_of,
     needed,
     options,
     plan_of,
     priced_of,
+    terms,
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ for command in (budget, check, compare, diagnose, export):
 
 
 @main.command()
-@options(MODEL, JOB, PRICES, OFFLINE, JSON)
+@options(MODEL, WORK, terms(), PRICES, OFFLINE, JSON)
 def recommend(as_json: bool, **words: Any) -> None:
     """Search methods, ranks, batches and GPUs for the plan to run.
 

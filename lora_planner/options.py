@@ -51,21 +51,29 @@ FINE = options(
                  help="Logits of all tokens at once, or in chunks."),
     click.option("--stack", help="Software whose speed to assume; default: lora-plan on a calibrated GPU, else hf-trl."),
 )  # fmt: skip
-JOB = options(
+#: what to train on and where, as every command that plans is told
+WORK = options(
     click.option("--data", metavar="FILE", help="JSONL or Parquet: messages, prompt/completion or text."),
     click.option("--tokens", metavar="N", help="Size of the data where there is no file yet: 10M."),
-    click.option("--tokenizer", metavar="PATH", help="tokenizer.json or its directory: exact counts."),
-    click.option("--max-length", type=int, help="Longest sample in tokens; longer ones are cut."),
-    click.option("--epochs", type=float, default=1.0, show_default=True),
-    click.option("--gpu", required=True, metavar="NAME[,NAME]", help="Exact names, see `lora-plan gpus`."),
+    click.option("--gpu", metavar="NAME[,NAME]", help="Exact names, see `lora-plan gpus`."),
     click.option("--budget", type=float, metavar="USD"),
-    click.option("--deadline", type=float, metavar="HOURS"),
-    click.option("--first-epoch-loss", type=float, metavar="NATS", help="Measured, per trained token: sharpens capacity."),
-    click.option("--rl", is_flag=True, help="Reinforcement learning with a verifiable reward."),
-    click.option("--problems", type=int, help="RL: problems in the data."),
-    click.option("--group", type=int, default=16, show_default=True, help="RL: samples per problem."),
-    click.option("--pass-rate", type=float, help="RL: share of samples solved at the start."),
 )  # fmt: skip
+TERMS: dict[str, dict[str, Any]] = {
+    "--tokenizer": {"metavar": "PATH", "help": "tokenizer.json or its directory: exact counts."},
+    "--max-length": {"type": int, "help": "Longest sample in tokens; longer ones are cut."},
+    "--epochs": {"type": float, "default": 1.0, "show_default": True},
+    "--deadline": {"type": float, "metavar": "HOURS"},
+    "--first-epoch-loss": {"type": float, "metavar": "NATS", "help": "Measured, per trained token: sharpens capacity."},
+    "--rl": {"is_flag": True, "help": "Reinforcement learning with a verifiable reward."},
+    "--problems": {"type": int, "help": "RL: problems in the data."},
+    "--group": {"type": int, "default": 16, "show_default": True, "help": "RL: samples per problem."},
+    "--pass-rate": {"type": float, "help": "RL: share of samples solved at the start."},
+}
+
+
+def terms(hidden: bool = False) -> Callable[..., Any]:
+    """The finer terms of a job. `hidden`: they work, but would make the help two screens long."""
+    return options(*(click.option(name, hidden=hidden, **more) for name, more in TERMS.items()))
 
 
 RUNS = options(
@@ -160,7 +168,7 @@ def job_of(words: dict[str, Any]) -> Job:
     from lora_planner.plan import Job, PriceBook
 
     model = load_model(needed(words, "model"), offline=words["offline"])
-    gpus = tuple(gpu(name.strip()) for name in words["gpu"].split(",") if name.strip())
+    gpus = tuple(gpu(name.strip()) for name in needed(words, "gpu").split(",") if name.strip())
     if words["data"] and words["tokens"]:
         raise UsageError("--data and --tokens are two sizes of one data set", "", "Give one of them.")
     if words["rl"] and not words["problems"]:

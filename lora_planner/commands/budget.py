@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_planner.errors import BadInput, Infeasible, LoraPlanError, UsageError
-from lora_planner.options import JOB, JSON, MODEL, OFFLINE, PRICES, job_of, needed, options
+from lora_planner.options import JSON, MODEL, OFFLINE, PRICES, TERMS, WORK, job_of, options, terms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,13 +47,11 @@ OUTPUTS = options(
     click.option("--plot", "plots", multiple=True, metavar="CHART.svg|png", help=f"A file named {', '.join(CHARTS)}."),
 )
 CENTURY_HOURS = 100 * 365.25 * 24
-#: options of `recommend` that also work here, and would make the help two screens long
-QUIET = ("tokenizer", "max_length", "epochs", "deadline", "first_epoch_loss", "rl", "problems", "group", "pass_rate")
 
 
 @click.command()
 @click.argument("plans", nargs=-1, metavar="[PLAN.json]...")
-@options(MODEL, JOB, PROJECT, OUTPUTS, PRICES, OFFLINE, JSON)
+@options(MODEL, WORK, terms(hidden=True), PROJECT, OUTPUTS, PRICES, OFFLINE, JSON)
 def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdown_file: str | None, csv_file: str | None,
            plots: tuple[str, ...], **words: Any) -> None:  # fmt: skip
     """The bill of a whole project: sweep, seeds, evaluation, failures, idle time, storage.
@@ -98,13 +96,6 @@ def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdow
     else:
         text.show(page)
     sys.exit(5 if over else 0)
-
-
-for parameter in budget.params:
-    if parameter.name == "gpu":
-        parameter.required = False  # a plan file names its own
-    if isinstance(parameter, click.Option) and parameter.name in QUIET:
-        parameter.hidden = True
 
 
 def _settings(words: dict[str, Any]) -> Settings:
@@ -160,7 +151,7 @@ def _plans(
 
     if not files:
         return _planned(words, settings, today)
-    given = _given("model", "data", "tokens", "gpu", *QUIET)
+    given = _given("--model", "--data", "--tokens", "--gpu", *TERMS)
     if given:
         raise UsageError(f"{', '.join(given)} and a plan file", "", "The file has its own; leave one of them out.")
     sheets = [sheet(read(path), Path(path).name if path != "-" else "stdin") for path in files]
@@ -172,11 +163,11 @@ def _plans(
     return sheets, []
 
 
-def _given(*names: str) -> list[str]:
-    """Which of these options stand on the command line."""
+def _given(*options: str) -> list[str]:
+    """Which of these stand on the command line."""
     context = click.get_current_context()
     source = click.core.ParameterSource.COMMANDLINE
-    return [f"--{name.replace('_', '-')}" for name in names if context.get_parameter_source(name) is source]
+    return [o for o in options if context.get_parameter_source(o.removeprefix("--").replace("-", "_")) is source]
 
 
 def _planned(words: dict[str, Any], settings: Settings, today: date) -> tuple[list[Sheet], list[Elsewhere]]:
@@ -187,7 +178,6 @@ def _planned(words: dict[str, Any], settings: Settings, today: date) -> tuple[li
     from lora_planner.recommend import recommend
     from lora_planner.render import advice_object, to_json
 
-    needed(words, "gpu")
     job = job_of(words)
 
     def planned(*gpus: Any) -> Sheet:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_planner.errors import BadInput, UnknownModelType, UsageError
-from lora_planner.options import JOB, JSON, OFFLINE, PRICES, job_of, options
+from lora_planner.options import JSON, OFFLINE, PRICES, WORK, job_of, options, terms
 
 if TYPE_CHECKING:
     from lora_planner.compare import Comparison
@@ -25,7 +25,7 @@ MAX_LIST_BYTES = 1 << 20
 @click.option("--model", "model", metavar="NAME[,NAME]", help="As in recommend; several with commas.")
 @click.option("--models", "models_file", metavar="FILE", help="One model a line; # starts a comment.")
 @click.option("--methods", default="lora,qlora,full", show_default=True, metavar="NAME[,NAME]")
-@options(JOB)
+@options(WORK, terms())
 @click.option("--csv", "csv_file", metavar="FILE", help="Every cell, with the reason of those that are out.")
 @click.option("--plot", "plot_file", metavar="FILE.svg|png", help="Cost against time, with the Pareto set.")
 @click.option("--html", "html_file", metavar="FILE", help="One page: no script, nothing to load.")
