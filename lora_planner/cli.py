@@ -17,6 +17,8 @@ from lora_planner.commands.check import check
 from lora_planner.commands.compare import compare
 from lora_planner.commands.diagnose import diagnose
 from lora_planner.commands.export import export
+from lora_planner.completion import completion, files, quantities
+from lora_planner.completion import gpus as gpu_names
 from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
 from lora_planner.options import (
     ADAPTER,
@@ -73,7 +75,7 @@ def main() -> None:
     """
 
 
-for command in (budget, check, compare, diagnose, export):
+for command in (budget, check, compare, completion, diagnose, export):
     main.add_command(command)
 
 
@@ -99,7 +101,13 @@ def recommend(as_json: bool, **words: Any) -> None:
 @main.command()
 @options(MODEL, ADAPTER, GPU, STEP, FINE, PRICES, OFFLINE, JSON)
 @click.option("--tokens", metavar="N", help="Tokens to train on: adds hours and cost of the run.")
-@click.option("--batch", "batch_file", metavar="FILE.jsonl", help="One configuration a line, one JSON line out each.")
+@click.option(
+    "--batch",
+    "batch_file",
+    metavar="FILE.jsonl",
+    shell_complete=files,
+    help="One configuration a line, one JSON line out each.",
+)
 def estimate(as_json: bool, batch_file: str | None, **words: Any) -> None:
     """Price one explicit configuration; search nothing.
 
@@ -157,9 +165,9 @@ def _estimate_line(defaults: dict[str, Any], line: str = "{}", place: str = "--m
 
 
 @main.command()
-@click.argument("quantity")
+@click.argument("quantity", shell_complete=quantities)
 @options(MODEL, ADAPTER, STEP, FINE, PRICES, OFFLINE, JSON)
-@click.option("--gpu", metavar="NAME", default="h100-sxm-80gb", show_default=True)
+@click.option("--gpu", metavar="NAME", shell_complete=gpu_names, default="h100-sxm-80gb", show_default=True)
 @click.option("--tokens", metavar="N", default="10M", show_default=True)
 def explain(quantity: str, as_json: bool, **words: Any) -> None:
     """Each term of QUANTITY with value, basis, source and place in the code.
@@ -351,6 +359,7 @@ def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -
     multiple=True,
     required=True,
     metavar="FILE.csv",
+    shell_complete=files,
     help="Measurements, in the columns of a table in calibrate/tables; may be given again.",
 )
 @click.option("--cases", "to", metavar="FILE.csv", help="Write every prediction beside its measurement here.")

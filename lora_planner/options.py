@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_planner import completion
 from lora_planner.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
@@ -25,10 +26,17 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-MODEL = click.option("--model", metavar="NAME|PATH", help="Catalogue name, config.json, directory or hub id.")
-GPU = click.option("--gpu", metavar="NAME", help="Exact name, see `lora-plan gpus`.")
+MODEL = click.option(
+    "--model",
+    metavar="NAME|PATH",
+    shell_complete=completion.models,
+    help="Catalogue name, config.json, directory or hub id.",
+)
+GPU = click.option("--gpu", metavar="NAME", shell_complete=completion.gpus, help="Exact name, see `lora-plan gpus`.")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-PRICES = click.option("--prices", metavar="FILE", help="Your prices (TOML); wins for the GPUs it names.")
+PRICES = click.option(
+    "--prices", metavar="FILE", shell_complete=completion.files, help="Your prices (TOML); wins for the GPUs it names."
+)
 OFFLINE = click.option("--offline", is_flag=True, help="Never ask the hub.")
 ADAPTER = options(
     click.option("--method", type=click.Choice(METHODS), default="lora", show_default=True),
@@ -53,13 +61,17 @@ FINE = options(
 )  # fmt: skip
 #: what to train on and where, as every command that plans is told
 WORK = options(
-    click.option("--data", metavar="FILE", help="JSONL or Parquet: messages, prompt/completion or text."),
+    click.option("--data", metavar="FILE", shell_complete=completion.files, help="JSONL or Parquet: messages, prompt/completion or text."),
     click.option("--tokens", metavar="N", help="Size of the data where there is no file yet: 10M."),
-    click.option("--gpu", metavar="NAME[,NAME]", help="Exact names, see `lora-plan gpus`."),
+    click.option("--gpu", metavar="NAME[,NAME]", shell_complete=completion.gpus, help="Exact names, see `lora-plan gpus`."),
     click.option("--budget", type=float, metavar="USD"),
 )  # fmt: skip
 TERMS: dict[str, dict[str, Any]] = {
-    "--tokenizer": {"metavar": "PATH", "help": "tokenizer.json or its directory: exact counts."},
+    "--tokenizer": {
+        "metavar": "PATH",
+        "shell_complete": completion.files,
+        "help": "tokenizer.json or its directory: exact counts.",
+    },
     "--max-length": {"type": int, "help": "Longest sample in tokens; longer ones are cut."},
     "--epochs": {"type": float, "default": 1.0, "show_default": True},
     "--deadline": {"type": float, "metavar": "HOURS"},
@@ -77,10 +89,10 @@ def terms(hidden: bool = False) -> Callable[..., Any]:
 
 
 RUNS = options(
-    click.option("--model", metavar="DIR|ID", help="Your model: a directory with safetensors, or a hub id."),
-    click.option("--data", metavar="FILE", help="Your data: JSONL or Parquet; default: text found on every machine."),
+    click.option("--model", metavar="DIR|ID", shell_complete=completion.files, help="Your model: a directory with safetensors, or a hub id."),
+    click.option("--data", metavar="FILE", shell_complete=completion.files, help="Your data: JSONL or Parquet; default: text found on every machine."),
     click.option("--base", metavar="NAME", help="A small base, pre-trained here once: qwen3-1m, llama-1m, moe-2m ..."),
-    click.option("--out", metavar="DIR", default="lora-plan-runs", show_default=True, help="Where runs are recorded."),
+    click.option("--out", metavar="DIR", shell_complete=completion.files, default="lora-plan-runs", show_default=True, help="Where runs are recorded."),
 )  # fmt: skip
 
 
