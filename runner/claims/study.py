@@ -8,7 +8,7 @@ from types import ModuleType
 
 from calibrate.family import Entry, RunSummary
 from calibrate.verdict import arm_name
-from lora_planner.record import Json, RunRecord, RunSpec, Verdict, merge, read_events
+from lora_planner.record import FINAL, Json, RunRecord, RunSpec, Verdict, merge, read_events
 from runner import journal
 from runner.claims import BY_ID, claim, lab, registry
 from runner.claims.lab import Lab, Size, base_name
@@ -50,6 +50,9 @@ def execute(place: Lab, claims: Sequence[tuple[str, ModuleType]]) -> None:
     def wanted(runs: list[RunRecord]) -> list[RunSpec]:
         return [design for _, module in claims for design in module.specs(place.size, runs)]
 
+    runs = read()
+    if set(wanted(runs)) <= {lab.as_design(run.spec) for run in runs if run.status in FINAL}:
+        return  # records that were made elsewhere are judged as they are, without a base being made for nothing
     lab.complete(place, read, wanted)
 
 
