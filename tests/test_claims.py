@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from claims_world import PAPER, STAMP, Law, Planet, parameters, record, smallest, world
+from claims_world import PAPER, STAMP, Law, Planet, parameters, record, world
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
@@ -114,6 +114,11 @@ def around(mean: float, apart: float) -> list[float]:
     return [mean + apart * x for x in (-1.0, 0.5, 0.0, -0.5, 1.0)]
 
 
+def all_seeds(name: str) -> tuple[int, ...]:
+    """The judged seeds of a claim; C18 was mended after the others had run, and has fresh ones of its own."""
+    return reward_bits.SEEDS if name == "C18" else lab.SEEDS
+
+
 def seeds_of(name: str, arm: RunSpec, size: str = "cpu") -> tuple[int, ...]:
     """The judged seeds of an arm of a claim: of what is dear, negative or told beside a verdict the first three."""
     few = {
@@ -121,7 +126,7 @@ def seeds_of(name: str, arm: RunSpec, size: str = "cpu") -> tuple[int, ...]:
         "C07": arm.base != lab.SIZES[size].base,
         "C08": arm.alpha == 2.0,
     }
-    return lab.FEW if name in DEAR or few.get(name) else lab.SEEDS
+    return lab.FEW if name in DEAR or few.get(name) else all_seeds(name)
 
 
 def rounded(rate: float) -> float:
@@ -358,7 +363,7 @@ def test_no_end_of_a_run_is_a_crash(name: str) -> None:
     for status in (QUEUED, INTERRUPTED, FAILED, OOM, DIVERGED):
         none = CLAIMS[name].verdict([but(run, status) for run in runs], "cpu")
         assert none.status in (UNDECIDED, NOT_RUN), status
-        half = [but(run, status) if run.spec.seed == lab.SEEDS[1] else run for run in runs]
+        half = [but(run, status) if run.spec.seed == all_seeds(name)[1] else run for run in runs]
         assert CLAIMS[name].verdict(half, "cpu").status == UNDECIDED, status
         CLAIMS[name].specs(CPU, half)
     for status in (QUEUED, DIVERGED):
@@ -372,7 +377,7 @@ def test_runs_that_tried_a_design_out_are_not_judged(name: str) -> None:
     runs = list(played(name))
     strange = Planet(other(ratio=3.0, slower=0.3, bits=1.0, gain=0.2, directions=7.0, directions_facts=2.0), CPU)
     tried = [record(replace(lab.as_design(r.spec), seed=r.spec.seed - len(lab.SEEDS)), strange) for r in runs]
-    assert {run.spec.seed for run in tried} <= set(range(lab.SEEDS[0]))
+    assert {run.spec.seed for run in tried} <= set(range(all_seeds(name)[0]))
     found = CLAIMS[name].verdict([*tried, *runs], "cpu")
     for field in ("status", "sentence", "effect", "n", "p", "control", "plot"):
         assert getattr(found, field) == getattr(judged(name), field), field
@@ -760,13 +765,13 @@ def test_enough_is_the_first_crossing_or_a_bound() -> None:
     assert reward_bits.enough([(10, 0.1), (100, 0.4)]) == (100.0, "below")
 
 
-#: LoRA falls short of half of the supervised gain at every rank, and of half of that in rewards below rank 16
-SHORT = other(lora_behind=0.7, tiny_rewards=-3.0, rank_one_rewards=1.6)
+#: LoRA falls short of half of the supervised gain at every rank, and of half of that in rewards below rank 1
+SHORT = other(lora_behind=0.7, tiny_rewards=-3.0)
 
 
 def test_a_bound_can_hold_and_not_fail() -> None:
     """A ratio of at least so much is above ten or says nothing: it has no upper end, and is never below ten."""
-    for law in (PAPER, other(lora_behind=0.7, tiny_rewards=0.3)):
+    for law in (PAPER, other(lora_behind=0.7)):
         found = judged("C18", law)
         assert (found.status, "takes at least" in found.sentence) == (HOLDS, True)
         assert found.effect is not None
@@ -786,8 +791,9 @@ def test_a_bound_can_hold_and_not_fail() -> None:
 
 def one_seed_of(name: str, law: Law) -> list[RunRecord]:
     """The first seed's runs are of this law, those of the other seeds the paper's."""
-    mine = [run for run in played(name, law) if run.spec.seed == lab.SEEDS[0]]
-    return mine + [run for run in played(name) if run.spec.seed != lab.SEEDS[0]]
+    first = all_seeds(name)[0]
+    mine = [run for run in played(name, law) if run.spec.seed == first]
+    return mine + [run for run in played(name) if run.spec.seed != first]
 
 
 def test_without_an_rl_adapter_that_suffices_nothing_is_decided() -> None:
@@ -877,7 +883,8 @@ def test_ranks_are_low_and_eps_is_small(name: str, size: str) -> None:
 
 def test_judged_seeds_are_fresh() -> None:
     """Five, and of them the first three; none with which designs were tried out or rules mended."""
-    assert len(set(lab.SEEDS)) == len(lab.SEEDS) == 5
+    assert not set(lab.SEEDS) & set(reward_bits.SEEDS)
+    assert len(set(reward_bits.SEEDS)) == len(set(lab.SEEDS)) == len(lab.SEEDS) == 5
     assert lab.SEEDS[:3] == lab.FEW
     assert min(lab.SEEDS) > 5
 
@@ -895,14 +902,12 @@ def test_seeds_are_paired(name: str, size: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [d for d in DESIGNS if d[0] in TUNED or d[0] == "C19"])
 def test_methods_have_grids_of_their_own(name: str, size: str) -> None:
-    """Five rates or more, neighbours a step apart, of the smallest adapters a factor of 2; no rate of full
-    fine-tuning is imposed on LoRA."""
+    """Five rates or more, neighbours a step apart; no rate of full fine-tuning is imposed on LoRA."""
     grids = {arm: sorted({s.lr for s in specs}) for arm, specs in arms(name, size).items() if len(specs) > 9}
     assert grids
     for arm, rates in grids.items():
-        apart = 2.0 if smallest(arm) else lab.STEP
-        assert len(rates) >= 5
-        assert all(b / a == pytest.approx(apart, rel=0.03) for a, b in itertools.pairwise(rates))
+        assert len(rates) >= 5, arm
+        assert all(b / a == pytest.approx(lab.STEP, rel=0.03) for a, b in itertools.pairwise(rates))
     for full, one in grids.items():
         for lora, another in grids.items():
             alike = replace(lora, method="full", rank=0, alpha=0.0, targets=full.targets, experts=full.experts) == full
@@ -1258,7 +1263,7 @@ def test_every_claim_registers_something_of_its_own() -> None:
             assert json.loads(canonical(document)) == document
             assert (document["rule"], document["metric"]) == (module.RULE, module.METRIC)
             assert document["hypothesis"] == module.SENTENCE
-            assert document["seeds"] == list(lab.FEW if name in DEAR else lab.SEEDS)
+            assert document["seeds"] == list(lab.FEW if name in DEAR else all_seeds(name))
             assert len(document["designs"]) == len(set(module.specs(lab.SIZES[size], [])))
             found[registry.digest(document)] = name, size
     assert len(found) == 2 * len(CLAIMS)
@@ -1507,5 +1512,5 @@ def test_a_study_from_nothing_to_its_page(tmp_path: Path) -> None:
 def test_the_shared_sweep_is_one() -> None:
     """Claims that read it ask for the same runs, so that it is paid for once."""
     begin = set(shared.specs(CPU, [], CPU.ranks))
-    for name in ("C05", "C06", "C07", "C08", "C09", "C10", "C16", "C18", "C19", "C20", "C22"):
+    for name in ("C05", "C06", "C07", "C08", "C09", "C10", "C16", "C19", "C20", "C22"):
         assert len(begin & set(CLAIMS[name].specs(CPU, []))) >= 15, name
