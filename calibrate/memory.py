@@ -29,7 +29,8 @@ from lora_planner import memory
 from lora_planner.activations import Kept
 from lora_planner.errors import BadInput
 from lora_planner.ledger import Estimate
-from lora_planner.memory import Constant, Layout, MemoryPlan, Split
+from lora_planner.megatron import Layout, megatron
+from lora_planner.memory import Constant, MemoryPlan, Split
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table
 from lora_planner.model import Attention, Model
@@ -90,7 +91,7 @@ def _megatron(s: Setting, known: Mapping[str, Constant]) -> MemoryPlan:
     p = s.parallel
     copies = max(1, s.gpus // (p.tensor * p.pipeline * p.context))
     layout = Layout(p.tensor, p.pipeline, p.context, p.expert, copies, s.accumulation or p.pipeline)
-    found = memory.megatron(
+    found = megatron(
         s.model, micro_batch=s.micro_batch, seq_len=s.seq_len, layout=layout, recompute=s.checkpointing == "full"
     )
     return memory.with_the_rest(found, known)

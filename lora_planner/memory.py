@@ -1,4 +1,4 @@
-"""How much GPU memory a training step needs, phase by phase, and what would make it fit.
+"""How much GPU memory a training step needs, phase by phase.
 
 A phase is a ledger of what is alive at its worst moment; the peak is the largest phase:
 
@@ -19,13 +19,12 @@ split over GPUs (Split), what else is trained, what else its layers keep.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
 from math import ceil, erf, hypot, log, sqrt
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TypedDict
 
 from lora_planner import activations
 from lora_planner.activations import BF16, FP32, Setup
@@ -34,17 +33,14 @@ from lora_planner.facts import measured, remembered
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table, experts
-from lora_planner.model import PARAMETER, Attention, Block, Model, Scan
+from lora_planner.model import PARAMETER, Attention, Model, Scan
 from lora_planner.params import BYTES, stored_params, trainable_params
-from lora_planner.units import gib
 
 CHECKPOINTING = ("none", "full", "selective")
 ATTENTION = ("eager", "sdpa", "flash")
 FULL_PRECISION = ("mixed", "bf16", "fp32", "master")
 #: a plan that is called fitting: the 95 % end of its interval is inside the memory
 MIN_P_FIT = 0.95
-#: a max length below this share of the present one is no answer to "what would fit"
-SHORTEST = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -703,91 +699,6 @@ def with_the_rest(tensors: Ledger, known: Mapping[str, Constant]) -> MemoryPlan:
     return MemoryPlan({"step": ledger}, "step", peak, ledger.largest(), tensors.total, moving)
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Megatron's: GPUs that share the matrices of a layer, the layers, the sequence, the experts; `data` copies of the
-    rest; `waiting`: micro-batches of a step, of which a stage holds as many as stages come after it, and its own."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    data: int = 1
-    waiting: int = 1
-
-
-def megatron(model: Model, *, micro_batch: int, seq_len: int, layout: Layout, recompute: bool = False) -> Ledger:
-    """Tensors of full training on one GPU of the fullest stage, with the distributed optimizer.
-
-        parameters of the stage   2 B, and 4 B of fp32 gradients that stay
-        states                    12 B over data * context copies (experts: over their own copies)
-        a layer and a token       bf16, all over tensor (sequence parallel):
-                                  norms' inputs 2 H each, inputs of matrices, q, k, v, what the activation reads
-        logits                    (2 + 4) T V on the last stage
-
-    Source: Megatron-Core with Transformer Engine's fused norms and attention, no bias, no dropout.
-
-    >>> from lora_planner.arch import from_config
-    >>> small = from_config({"model_type": "llama", "num_hidden_layers": 4})
-    >>> whole, half = (megatron(small, micro_batch=1, seq_len=4096, layout=Layout(n)).total for n in (1, 2))
-    >>> whole / half
-    2.0
-    """
-    stages = min(layout.pipeline, model.layers)
-    tokens = micro_batch * -(-seq_len // layout.context)
-    each = (_stage(model, tokens, layout, stages, i, recompute) for i in range(stages))
-    return max(each, key=lambda ledger: ledger.total)
-
-
-def _stage(model: Model, tokens: int, w: Layout, stages: int, index: int, recompute: bool) -> Ledger:
-    """The stage that has the `index`-th share of the layers."""
-    first, last = (model.layers * (index + i) // stages for i in (0, 1))
-    blocks = [model.blocks[kind] for kind in model.order[first:last]]
-    rows = [row for block in blocks for row in block.linears]
-    experts = sum(row.params for row in rows if row.group == "experts") / w.expert
-    rest = sum(row.params for row in rows if row.group != "experts")
-    rest += model.embed.params if index == 0 else 0
-    rest += model.head.params if index == stages - 1 and not (model.tied and stages == 1) else 0
-    other = rest / w.tensor
-    copies = w.data * w.context
-    own = max(1.0, copies * w.tensor / w.expert)  # GPUs that hold the same experts
-    held = min(stages - index, w.waiting)
-    kept = sum(_megatron_layer(block) for block in blocks) / w.tensor
-    terms = [
-        Term("weights", BF16 * (other + experts), EXACT, "memory.megatron"),
-        Term("gradients", FP32 * (other + experts), DERIVED, "memory.megatron"),
-        Term("optimizer states", 3 * FP32 * (other / copies + experts / own), DERIVED, "memory.megatron"),
-    ]
-    if recompute:
-        store = BF16 * model.hidden_size * len(blocks) / w.tensor
-        terms.append(Term("checkpoints", store * tokens * held, DERIVED, "memory.checkpoint_store"))
-        terms.append(Term("one layer", kept * tokens / max(1, len(blocks)), DERIVED, "memory.megatron"))
-    else:
-        terms.append(Term("layers", kept * tokens * held, DERIVED, "memory.megatron"))
-    if index == stages - 1:
-        logits = (BF16 + FP32) * tokens * model.vocab_size / w.tensor
-        terms.append(Term("logits", logits, DERIVED, "memory.megatron"))
-    return Ledger("memory", "B", terms, f"one GPU, stage {index + 1} of {stages}")
-
-
-def _megatron_layer(block: Block) -> float:
-    """Bytes of a token that one layer keeps."""
-    total = sum(float(BF16 * weight.width) for weight in block.weights if weight.width)
-    read: dict[tuple[tuple[str, ...], int, int], float] = {}
-    names = {row.name for row in block.linears if row.group in ("mlp_dense", "shared", "experts")}
-    for row in block.linears:
-        times = row.used if row.group == "experts" else 1
-        read[row.reads, row.d_in, times] = float(BF16 * row.d_in * times)
-        if row.name in names and not set(row.reads) & names:
-            total += BF16 * row.d_out * times  # gate and up
-        elif row.group == "experts":
-            total += BF16 * row.d_out * times  # weighted by the router
-    if isinstance(block.mixer, Attention):
-        m = block.mixer
-        total += BF16 * (m.heads * m.qk_head_dim + m.kv_heads * (m.qk_head_dim + m.v_head_dim)) + FP32 * m.heads
-    return total + sum(read.values())
-
-
 def _fitted(name: str, c: Constant, of: float = 1.0) -> Term:
     return Term(name, c.value * of, c.basis, "memory.constants", c.low * of, c.high * of)
 
@@ -854,141 +765,3 @@ def p_fit(peak: Estimate, capacity_bytes: float) -> float:
     if spread == 0:
         return float(peak.value <= capacity_bytes)
     return 0.5 * (1 + erf((log(capacity_bytes) - middle) / spread / sqrt(2)))
-
-
-def largest_micro_batch(
-    model: Model,
-    method: Method,
-    capacity_bytes: float,
-    *,
-    seq_len: int,
-    min_p_fit: float = MIN_P_FIT,
-    limit: int = 4096,
-    **options: Unpack[Options],
-) -> int:
-    """The largest micro-batch up to `limit` that fits; 0 where not even one sample does. By bisection."""
-    return _largest(limit, lambda n: _fits(Run(model, method, n, seq_len, options), capacity_bytes, min_p_fit))
-
-
-def _largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest n in 1..limit for which a condition holds that holds for every smaller n too, else 0."""
-    low, high = 0, limit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-class Run(NamedTuple):
-    """A configuration that the search for what fits changes one part of."""
-
-    model: Model
-    method: Method
-    micro_batch: int
-    seq_len: int
-    options: Options
-
-    def plan(self) -> MemoryPlan:
-        return memory(self.model, self.method, micro_batch=self.micro_batch, seq_len=self.seq_len, **self.options)
-
-    def having(self, options: Options) -> Run:
-        return self._replace(options={**self.options, **options})
-
-
-def _fits(run: Run, capacity: float, min_p_fit: float) -> bool:
-    return p_fit(run.plan().peak, capacity) >= min_p_fit
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What makes a configuration fit: one change, or two; the peak after them and what they save."""
-
-    what: tuple[str, ...]
-    peak: Estimate
-    saved_bytes: float
-
-    def __str__(self) -> str:
-        return f"{' and '.join(self.what)}: {gib(self.saved_bytes)} less, peak {gib(self.peak.value)}"
-
-
-Step = Callable[[Run, float, float], tuple[str, Run] | None]
-
-
-def _checkpointing(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    if run.options.get("checkpointing", "none") == "full":
-        return None
-    return "full checkpointing", run.having({"checkpointing": "full"})
-
-
-def _chunked(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    if run.options.get("loss", "full") == "chunked":
-        return None
-    return "chunked loss", run.having({"loss": "chunked"})
-
-
-def _smaller_batch(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    n = _largest(run.micro_batch - 1, lambda n: _fits(run._replace(micro_batch=n), capacity, sure))
-    return (f"micro-batch {n}", run._replace(micro_batch=n)) if n else None
-
-
-def _shorter(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    n = _largest(run.seq_len - 1, lambda n: _fits(run._replace(seq_len=n), capacity, sure)) // 64 * 64
-    return (f"max length {n}", run._replace(seq_len=n)) if n >= SHORTEST * run.seq_len else None
-
-
-def _nf4(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    m = run.method
-    if m.is_full or m.base_dtype in QUANTISED_BITS:
-        return None
-    return "nf4 base", run._replace(method=replace(m, name="qlora" if m.name == "lora" else m.name, base_dtype="nf4"))
-
-
-def _bf16_adapter(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    if run.method.is_full or run.method.adapter_dtype == "bfloat16":
-        return None
-    return "adapter in bf16", run._replace(method=replace(run.method, adapter_dtype="bfloat16"))
-
-
-def _small_states(run: Run, capacity: float, sure: float) -> tuple[str, Run] | None:
-    if run.options.get("optimizer", "adamw") == "adamw-8bit":
-        return None
-    return "8-bit optimizer", run.having({"optimizer": "adamw-8bit"})
-
-
-#: in the order in which they cost least: time, then statistics, then precision
-STEPS: tuple[Step, ...] = (
-    _checkpointing, _chunked, _smaller_batch, _shorter, _nf4, _bf16_adapter, _small_states,
-)  # fmt: skip
-#: these look for the largest value that fits, so that in a pair they come second
-SEARCHES = (_smaller_batch, _shorter)
-
-
-def smallest_change_that_fits(
-    model: Model,
-    method: Method,
-    capacity_bytes: float,
-    *,
-    micro_batch: int,
-    seq_len: int,
-    min_p_fit: float = MIN_P_FIT,
-    **options: Unpack[Options],
-) -> Change | None:
-    """The first single change of STEPS after which it fits, else the first pair; None where none does.
-
-    A configuration that fits already gives a change of nothing.
-    """
-    run = Run(model, method, micro_batch, seq_len, options)
-    before = run.plan().peak
-    for steps in ((), *combinations(STEPS, 1), *combinations(STEPS, 2)):
-        done, after = [], run
-        for step in sorted(steps, key=lambda s: s in SEARCHES):
-            changed = step(after, capacity_bytes, min_p_fit)
-            if changed is None:
-                break
-            done.append(changed[0])
-            after = changed[1]
-        else:
-            peak = after.plan().peak
-            if p_fit(peak, capacity_bytes) >= min_p_fit:
-                return Change(tuple(done), peak, before.value - peak.value)
-    return None

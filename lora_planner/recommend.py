@@ -16,10 +16,11 @@ from lora_planner import batch as batches
 from lora_planner import capacity
 from lora_planner.errors import BadInput, Infeasible, UnsupportedAdapter
 from lora_planner.facts import Gpu
-from lora_planner.memory import constants, smallest_change_that_fits
+from lora_planner.memory import constants
 from lora_planner.method import Method, method
 from lora_planner.params import trainable_params
 from lora_planner.plan import Configuration, Job, Plan, Priced, Warning3, loss_penalty, make_plan, price
+from lora_planner.room import smallest_change_that_fits
 from lora_planner.units import duration, gib, usd
 
 METHODS = ("lora", "qlora", "full")

@@ -21,15 +21,14 @@ from lora_planner.errors import BadInput, UnknownName
 from lora_planner.ledger import Estimate
 from lora_planner.memory import (
     MemoryPlan,
-    largest_micro_batch,
     memory,
     p_fit,
-    smallest_change_that_fits,
     weights,
 )
 from lora_planner.method import Method, method
 from lora_planner.model import Model
 from lora_planner.params import trainable_params
+from lora_planner.room import largest_micro_batch, smallest_change_that_fits
 from lora_planner.units import GIB
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,7 +19,8 @@ from calibrate.track import measured, names, peft_l40s
 from calibrate.track.setting import read
 from lora_planner.activations import Kept
 from lora_planner.arch import from_config
-from lora_planner.memory import ALONE, LOGITS, Layout, Split, megatron, memory, weights
+from lora_planner.megatron import Layout, megatron
+from lora_planner.memory import ALONE, LOGITS, Split, memory, weights
 from lora_planner.method import method
 from lora_planner.model_source import load_model
 from lora_planner.units import GIB

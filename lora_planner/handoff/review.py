@@ -16,12 +16,13 @@ from lora_planner.handoff.manifest import Manifest, extra_bytes, resolve
 from lora_planner.handoff.recipe import RL, SFT, File, Recipe
 from lora_planner.handoff.words import known_keys
 from lora_planner.ledger import Estimate
-from lora_planner.memory import Change, MemoryPlan, Options, memory, p_fit, smallest_change_that_fits
+from lora_planner.memory import MemoryPlan, Options, memory, p_fit
 from lora_planner.memory import constants as memory_constants
 from lora_planner.method import DEFAULT_ALPHA
 from lora_planner.model import Model
 from lora_planner.model_source import load_model
 from lora_planner.plan import Configuration, Job, PriceBook, Priced, price
+from lora_planner.room import Change, smallest_change_that_fits
 
 __all__ = ["File", "Report", "review"]
 #: where neither the file nor a data set says how long a sample is
