@@ -381,7 +381,7 @@ def budget(parts: Sequence[Part], s: Settings, today: date) -> Budget:
     cards = list(dict.fromkeys(part.gpu for part in parts))
     rows = {gpu: newest((row for part in parts for row in part.prices), gpu) for gpu in cards}
     used = {gpu: chosen_rows(rows[gpu], gpu, s.provider) for gpu in cards}
-    factors = {f"time {gpu}": _time_factor(parts, gpu) for gpu in cards}
+    factors = {f"time {gpu}": time_factor(parts, gpu) for gpu in cards}
     factors |= {f"price {gpu}": price_factor(used[gpu]) for gpu in cards}
     factors |= {"evaluation": s.evaluation, "failed": s.failed, "idle": s.idle, "setup": s.setup, "storage": s.storage}
     drawn = draws(factors)
@@ -453,7 +453,7 @@ def _check(parts: Sequence[Part], s: Settings) -> None:
         raise BadInput("a project without a run", "--seeds, --rates", "Use --seeds 1 or more.")
 
 
-def _time_factor(parts: Sequence[Part], gpu: str) -> Estimate:
+def time_factor(parts: Sequence[Part], gpu: str) -> Estimate:
     """The relative error of every run's time on one GPU; the widest of the parts', as it is one error."""
     runs = [part.run_s for part in parts if part.gpu == gpu]
     return Estimate(min(r.low / r.value for r in runs), 1.0, max(r.high / r.value for r in runs), "1", _basis(runs))

@@ -10,6 +10,8 @@ GIB = 1024**3
 MIB = 1024**2
 HOUR = 3600.0
 BITS_PER_NAT = 1.4426950408889634
+#: three digits of this share of a unit are the unit: 999.9M is 1B, not 1e+03M
+ROUNDS_UP = 0.9995
 
 
 def gib(n: float) -> str:
@@ -25,11 +27,11 @@ def gib(n: float) -> str:
 
 def count(n: float) -> str:
     """
-    >>> count(8190735360), count(43646976), count(999), count(17400)
-    ('8.19B', '43.6M', '999', '17.4k')
+    >>> count(8190735360), count(43646976), count(999), count(17400), count(999885952)
+    ('8.19B', '43.6M', '999', '17.4k', '1B')
     """
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
+        if abs(n) >= ROUNDS_UP * size:
             return f"{n / size:.3g}{letter}"
     return f"{n:.3g}" if isinstance(n, float) and n != int(n) else f"{int(n)}"
 
@@ -50,7 +52,7 @@ def duration(seconds: float) -> str:
     >>> duration(0.0123), duration(75), duration(4.2 * 3600), duration(4e5), duration(1e21)
     ('12.3 ms', '1.2 min', '4.2 h', '4.6 d', 'over 100 years')
     """
-    if seconds < 1:
+    if seconds < ROUNDS_UP:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -82,7 +84,7 @@ def bits(n: float) -> str:
     ('16.3 Mbit', '320 kbit')
     """
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
+        if abs(n) >= ROUNDS_UP * size:
             return f"{n / size:.3g} {letter}bit"
     return f"{n:.3g} bit"
 

@@ -196,6 +196,23 @@ def test_sweep_runs_are_long_enough() -> None:
         assert sweep_share(steps, 0.25) <= 1
 
 
+def test_parts_on_two_gpus_by_hand() -> None:
+    """Each GPU's hours at its own price; the base that both share is stored once; offers are of one GPU's parts."""
+    other = replace(
+        PART, gpu="h", run_s=sure(3600, "s"), prices=(price(5.0, gpu="h"), price(6.0, "q", gpu="h", commitment="spot"))
+    )
+    found = budget([PART, other], PLAIN, TODAY)
+    # g as above: 20.3 h at 2 USD. h: 5 h of runs, x 1.1 x 1.2 x 1.5 + 0.5 = 10.4 h at 5 USD. 16 + 2 x 26 GiB, 2 months at 0.10.
+    assert found.hours.p50 == pytest.approx(20.3 + 10.4)
+    assert found.total.p50 == pytest.approx(20.3 * 2 + 10.4 * 5 + 68 * 2 * 0.1)
+    assert [(o.price.gpu, o.usd.p50) for o in found.offers] == [
+        ("g", pytest.approx(40.6)), ("h", pytest.approx(52)), ("h", pytest.approx(62.4))]  # fmt: skip
+    assert sum(o.usd.p50 for o in found.offers if o.chosen) + found.items[-1].usd_p50 == pytest.approx(found.total.p50)
+    assert [row.gpu for row in found.used] == ["g", "h"]
+    assert sum(item.usd_p50 for item in found.items) == pytest.approx(found.total.p50)
+    assert budget([other, PART], PLAIN, TODAY).total.p50 == pytest.approx(found.total.p50)
+
+
 # ---------------------------------------------------------------- prices
 
 
@@ -240,7 +257,7 @@ def test_shares_that_are_none(text: str) -> None:
 # ---------------------------------------------------------------- the command
 
 DATA = str(Path(__file__).parents[1] / "examples/stdlib-docs.jsonl")
-H100 = "h100-sxm-80gb"
+H100, L40S = "h100-sxm-80gb", "l40s-48gb"
 
 
 def run(*words: str) -> Result:
@@ -340,6 +357,63 @@ def test_two_plans_are_one_project(plan: Path) -> None:
     assert two["runs"] == 2 * one["runs"]
     assert two["gpu_hours"]["p50"] == pytest.approx(2 * one["gpu_hours"]["p50"])
     assert two["total_usd"]["p50"] < 2 * one["total_usd"]["p50"]
+
+
+@pytest.fixture(scope="module")
+def other_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same data on another GPU."""
+    from lora_planner.cli import main
+
+    done = CliRunner().invoke(main, ["recommend", "--model", "qwen3-8b", "--data", DATA, "--gpu", L40S, "--json"])
+    assert done.exit_code == 0
+    path = tmp_path_factory.mktemp("other") / "plan.json"
+    path.write_text(done.stdout)
+    return path
+
+
+def test_parts_on_two_gpus_in_every_output(plan: Path, other_plan: Path, tmp_path: Path) -> None:
+    """Totals are the sums, every GPU has its offers at its own prices, and no output forgets one of the two."""
+    files = {name: tmp_path / name for name in ("b.html", "b.csv", "b.md")}
+    nothing = ["--months", "0", "--provider", "aws us-east-1"]
+    done = run(str(plan), str(other_plan), *nothing, *(f"--{name}={files[file]}" for name, file in
+               (("html", "b.html"), ("csv", "b.csv"), ("markdown", "b.md"))))  # fmt: skip
+    assert done.exit_code == 0, done.output
+    both, one, two = (
+        result(*words, *nothing) for words in ([str(plan), str(other_plan)], [str(plan)], [str(other_plan)])
+    )
+    assert both["runs"] == one["runs"] + two["runs"]
+    assert both["gpu_hours"]["p50"] == pytest.approx(one["gpu_hours"]["p50"] + two["gpu_hours"]["p50"], rel=0.02)
+    assert both["total_usd"]["p50"] == pytest.approx(one["total_usd"]["p50"] + two["total_usd"]["p50"], rel=0.02)
+    assert both["total_usd"]["p95"] < one["total_usd"]["p95"] + two["total_usd"]["p95"]  # the GPUs err apart
+    offers = {(o["price"]["gpu"], o["price"]["provider"]): o["usd"]["p50"] for o in both["offers"]}
+    for alone in (one, two):
+        for o in alone["offers"]:
+            assert offers[o["price"]["gpu"], o["price"]["provider"]] == pytest.approx(o["usd"]["p50"], rel=0.02)
+    rows = list(csv.DictReader(files["b.csv"].open(newline="")))
+    assert {row["gpu"] for row in rows if row["section"] == "offer"} == {H100, L40S}
+    assert [row["gpu"] for row in rows if row["section"] == "plan"] == [H100, L40S]
+    total = next(row for row in rows if (row["section"], row["item"]) == ("cost", "total"))
+    assert float(total["p50"]) == both["total_usd"]["p50"]
+    for text in (done.stdout, files["b.html"].read_text(), files["b.md"].read_text()):
+        assert H100 in text
+        assert L40S in text
+    for document in (plan, other_plan):
+        assert result(str(document))["plans"][0]["sha256"] in files["b.html"].read_text()
+
+
+def test_a_provider_of_one_gpu_is_none_of_the_other(plan: Path, other_plan: Path) -> None:
+    """Who rents out no L40S cannot be the price of both; the message names the GPU and who does."""
+    done = run(str(plan), str(other_plan), "--provider", "lambda")
+    assert done.exit_code == 3
+    assert L40S in done.stderr
+    assert "runpod" in done.stderr
+
+
+def test_several_cards_at_once_are_refused() -> None:
+    """Plans are of one GPU: a name that asks for eight is no GPU, and nothing is priced as if it were one."""
+    done = run("--model", "qwen3-8b", "--tokens", "10M", "--gpu", f"8x{H100}")
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert H100 in done.stderr
 
 
 def test_a_plan_comes_through_a_pipe_too(plan: Path) -> None:
@@ -469,7 +543,7 @@ def test_epochs_reach_the_hosted_tokens() -> None:
 
 
 def test_rl_says_what_is_missing() -> None:
-    """Generation is not in the time, and the report says so."""
+    """Sampling is in the time, rewards are not, and the report says so."""
     done = run(
         "--model", "qwen3-8b", "--tokens", "10M", "--gpu", H100, "--rl", "--problems", "1000", "--pass-rate", "0.3"
     )

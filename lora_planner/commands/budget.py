@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_planner import completion
 from lora_planner.errors import BadInput, Infeasible, LoraPlanError, UsageError
-from lora_planner.options import JSON, MODEL, OFFLINE, PRICES, TERMS, WORK, job_of, options, terms
+from lora_planner.options import JSON, MODEL, PRICES, TERMS, WORK, job_of, options, terms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lora_planner.actuals import Actuals
     from lora_planner.budget import Budget, Settings
+    from lora_planner.facts import Price
     from lora_planner.pages.budget_report import Elsewhere
     from lora_planner.pages.plan_file import Sheet
+    from lora_planner.pages.usage_file import Usage
 
-CHARTS = ("memory", "capacity", "time", "cost", "total")
+CHARTS = ("memory", "capacity", "time", "cost", "total", "variance")
 PROJECT = options(
     click.option("--rates", type=click.IntRange(0, 100), help="Learning rates to try.  [default: the plan's sweep]"),
     click.option("--ranks", type=click.IntRange(1, 20), default=2, show_default=True, help="Ranks that get them all."),
@@ -36,22 +40,30 @@ PROJECT = options(
     click.option("--months", type=float, default=3, show_default=True, help="Of storage."),
     click.option("--storage-price", type=float, metavar="USD", help="A GiB-month.  [default: 0.02 to 0.25]"),
     click.option("--contingency", default="p90", show_default=True, metavar="p90|SHARE", help="Added to the p50."),
+    click.option("--actuals", metavar="FILE", shell_complete=completion.files, help="CSV of what was spent: kind,gpu,hours,usd[,runs,finished,date]."),
     click.option("--provider", metavar="NAME", help="Whose price; default: spread over all on demand."),
     click.option("--strict-prices", is_flag=True, help="Refuse prices older than 30 days (exit code 3)."),
     click.option("--hosted-price", type=float, metavar="USD", help="Of training a million tokens at a host."),
 )  # fmt: skip
 OUTPUTS = options(
-    click.option("--html", "html_file", metavar="FILE", help="One page: no script, nothing to load."),
-    click.option("--markdown", "markdown_file", metavar="FILE"),
-    click.option("--csv", "csv_file", metavar="FILE"),
+    click.option(
+        "--html",
+        "html_file",
+        metavar="FILE",
+        shell_complete=completion.files,
+        help="One page: no script, nothing to load.",
+    ),
+    click.option("--markdown", "markdown_file", metavar="FILE", shell_complete=completion.files),
+    click.option("--csv", "csv_file", metavar="FILE", shell_complete=completion.files),
     click.option("--plot", "plots", multiple=True, metavar="CHART.svg|png", help=f"A file named {', '.join(CHARTS)}."),
 )
 CENTURY_HOURS = 100 * 365.25 * 24
 
 
 @click.command()
-@click.argument("plans", nargs=-1, metavar="[PLAN.json]...")
-@options(MODEL, WORK, terms(hidden=True), PROJECT, OUTPUTS, PRICES, OFFLINE, JSON)
+@click.argument("plans", nargs=-1, metavar="[PLAN.json]...", shell_complete=completion.files)
+@options(MODEL, WORK, terms(hidden=True), PROJECT, OUTPUTS, PRICES, JSON)
+@click.option("--offline", is_flag=True, hidden=True)  # recommend documents it; help is one screen
 def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdown_file: str | None, csv_file: str | None,
            plots: tuple[str, ...], **words: Any) -> None:  # fmt: skip
     """The bill of a whole project: sweep, seeds, evaluation, failures, idle time, storage.
@@ -62,10 +74,10 @@ def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdow
 
     \b
     lora-plan budget plan.json --seeds 3 --idle 15% --html budget.html --csv budget.csv
-    lora-plan budget --model qwen3-8b --tokens 10M --gpu h100-sxm-80gb,l40s-48gb --budget 500
+    lora-plan budget plan.json --seeds 3 --idle 15% --actuals usage.csv --budget 500
     """
     from lora_planner.budget import budget as bill
-    from lora_planner.pages import budget_report, text
+    from lora_planner.pages import actuals_report, budget_report, text
 
     today = date.today()
     settings = _settings(words)
@@ -75,12 +87,17 @@ def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdow
     kinds = [(path, _chart_of(path)) for path in plots]
     sheets, others = _plans(plans, words, settings, today)
     found = bill([sheet.part for sheet in sheets], settings, today)
-    if words["strict_prices"] and found.stale:
-        _refuse_stale(found, today)
-    warnings = _warnings(found, sheets, limit, today)
-    over = limit is not None and found.approve_usd > limit
+    spent = _spent(words["actuals"], found, sheets, today)
+    stale = _stale(found, spent)
+    if words["strict_prices"] and stale:
+        _refuse_stale(found, stale, today)
+    warnings = _warnings(found, sheets, spent, limit, today)
+    over = limit is not None and (spent[0] if spent else found).approve_usd > limit
 
-    page = budget_report.document(found, sheets, others, today, warnings, limit)
+    # with actuals it is the re-forecast that is held against the limit
+    page = budget_report.document(found, sheets, others, today, warnings, None if spent else limit)
+    if spent:
+        actuals_report.add(page, spent[0], found, spent[1], limit)
     if html_file:
         from lora_planner.pages.html import html
 
@@ -88,11 +105,15 @@ def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdow
     if markdown_file:
         text.write(markdown_file, text.markdown(page))
     if csv_file:
-        text.write(csv_file, text.csv_text(budget_report.rows(found, sheets, others, today)))
+        rows = budget_report.rows(found, sheets, others, today)
+        text.write(
+            csv_file,
+            text.csv_text([*rows, *(actuals_report.rows(spent[0], found, spent[1], list(rows[0])) if spent else [])]),
+        )
     for path, kind in kinds:
-        _draw(path, kind, found, sheets, limit)
+        _draw(path, kind, found, sheets, spent, limit)
     if as_json:
-        click.echo(_json(found, sheets, others, warnings, words, today, 5 if over else 0))
+        click.echo(_json(found, sheets, others, spent, warnings, words, today, 5 if over else 0))
     else:
         text.show(page)
     sys.exit(5 if over else 0)
@@ -199,28 +220,62 @@ def _planned(words: dict[str, Any], settings: Settings, today: date) -> tuple[li
     return [chosen], others
 
 
-def _refuse_stale(found: Budget, today: date) -> None:
+def _spent(path: str | None, found: Budget, sheets: Sequence[Sheet], today: date) -> tuple[Actuals, Usage] | None:
+    """The usage file against the bill."""
+    from lora_planner.actuals import actuals
+    from lora_planner.pages.usage_file import read
+
+    if path is None:
+        return None
+    usage = read(path, [(sheet.part.gpu, sheet.sha256) for sheet in sheets], today)
+    return actuals(found, usage.lines), usage
+
+
+def _stale(found: Budget, spent: tuple[Actuals, Usage] | None) -> tuple[Price, ...]:
+    """Old prices that something is still predicted with: where one was paid, that one counts."""
+    paid = {card.gpu for card in spent[0].cards if card.paid} if spent else set()
+    return tuple(row for row in found.stale if row.gpu not in paid)
+
+
+def _refuse_stale(found: Budget, stale: Sequence[Price], today: date) -> None:
     from lora_planner.budget import stale_words
 
-    raise BadInput(f"{len(found.stale)} of {len(found.used)} prices are stale: {stale_words(found.stale, today)}",
+    raise BadInput(f"{len(stale)} of {len(found.used)} prices are stale: {stale_words(stale, today)}",
                    "--strict-prices", "Pass --prices FILE with today's.")  # fmt: skip
 
 
-def _warnings(found: Budget, sheets: Sequence[Sheet], limit: float | None, today: date) -> list[tuple[str, str, str]]:
+def _warnings(
+    found: Budget, sheets: Sequence[Sheet], spent: tuple[Actuals, Usage] | None, limit: float | None, today: date
+) -> list[tuple[str, str, str]]:
     from lora_planner.budget import stale_words
     from lora_planner.units import usd
 
     rows = []
     if found.hours.p50 > CENTURY_HOURS:
         rows.append(("W-INFEASIBLE", "over 100 years of GPU time", "Less data, fewer epochs or a smaller model."))
-    if limit is not None and found.approve_usd > limit:
-        rows.append(("W-OVERBUDGET", f"{usd(found.approve_usd)} to approve, {usd(limit)} given",
-                     "Fewer --rates, --ranks or --seeds, shorter --sweep runs, or --provider."))  # fmt: skip
-    if found.stale:
-        rows.append(("W-STALE-PRICE", f"{len(found.stale)} of {len(found.used)} prices are stale: {stale_words(found.stale, today)}",
+    approve = (spent[0] if spent else found).approve_usd
+    if limit is not None and approve > limit:
+        already, fix = "", "Fewer --rates, --ranks or --seeds, shorter --sweep runs, or --provider."
+        if spent:
+            already = f", {usd(spent[0].spent_usd)} of it spent"
+            fix = "Fewer of the runs that are left, or a cheaper provider for them."
+        rows.append(("W-OVERBUDGET", f"{usd(approve)} to approve{already}, {usd(limit)} given", fix))
+    if stale := _stale(found, spent):
+        rows.append(("W-STALE-PRICE", f"{len(stale)} of {len(found.used)} prices are stale: {stale_words(stale, today)}",
                      "Pass --prices FILE with today's."))  # fmt: skip
+    rows += _misses(spent[0]) if spent else []
     kept = (w for sheet in sheets for w in sheet.warnings if w[0] not in ("W-STALE-PRICE", "W-BUDGET", "W-NO-PRICE"))
     return list(dict.fromkeys((*rows, *kept)))
+
+
+def _misses(a: Actuals) -> list[tuple[str, str, str]]:
+    rows = []
+    for c in a.cards:
+        planned = c.predicted_factor
+        if c.time_factor and not planned.low <= c.time_factor.value <= planned.high:
+            rows.append(("W-TIME-MISS", f"runs on {c.gpu} took {c.time_factor.value:.2f} times the predicted time, outside "
+                         f"[{planned.low:.2f}, {planned.high:.2f}]", "`lora-plan calibrate` on that machine."))  # fmt: skip
+    return rows
 
 
 def _chart_of(path: str) -> str:
@@ -231,11 +286,18 @@ def _chart_of(path: str) -> str:
     return kind
 
 
-def _draw(path: str, kind: str, found: Budget, sheets: Sequence[Sheet], limit: float | None) -> None:
+def _draw(
+    path: str, kind: str, found: Budget, sheets: Sequence[Sheet], spent: tuple[Actuals, Usage] | None, limit: float | None
+) -> None:  # fmt: skip
+    from lora_planner.pages import actuals_report
     from lora_planner.pages import budget_report as report
     from lora_planner.pages.text import plot
 
-    if kind in ("memory", "capacity"):
+    if kind == "variance":
+        if spent is None:
+            raise UsageError(f"--plot {path} needs --actuals", "", "Say what was spent, or leave it out.")
+        plot(path, actuals_report.variance_chart(spent[0]))
+    elif kind in ("memory", "capacity"):
         draw = report.memory_chart if kind == "memory" else report.capacity_chart
         drawings = [draw(sheet) for sheet in sheets]
         for i, drawing in enumerate(drawings, start=1):
@@ -247,14 +309,17 @@ def _draw(path: str, kind: str, found: Budget, sheets: Sequence[Sheet], limit: f
         plot(path, report.time_chart(found, sheets))
     elif kind == "cost":
         plot(path, report.cost_chart(found.items))
+    elif spent:
+        plot(path, actuals_report.total_chart(spent[0], found, limit))
     else:
         plot(path, report.total_chart(found, limit))
 
 
 def _json(
-    found: Budget, sheets: Sequence[Sheet], others: Sequence[Elsewhere], warnings: list[tuple[str, str, str]],
-    words: dict[str, Any], today: date, code: int,
+    found: Budget, sheets: Sequence[Sheet], others: Sequence[Elsewhere], spent: tuple[Actuals, Usage] | None,
+    warnings: list[tuple[str, str, str]], words: dict[str, Any], today: date, code: int,
 ) -> str:  # fmt: skip
+    from lora_planner.pages.actuals_report import learnt, summary
     from lora_planner.pages.budget_report import assumptions
     from lora_planner.render import envelope, plain, to_json
 
@@ -267,8 +332,10 @@ def _json(
         "alternatives": [a for s in sheets for a in s.alternatives],
         "elsewhere": [{"gpu": o.gpu, "plan": o.plan, "reason": o.reason, "total_usd": o.budget.total if o.budget else None}
                       for o in others],
+        **({"actuals": summary(*spent)} if spent else {}),
     }  # fmt: skip
     sources = [{"key": a.what, "value": a.value, "kind": a.basis, "source": a.source, "as_of": a.as_of}
                for a in assumptions(found, sheets, today)]  # fmt: skip
-    inputs = ([s.sha256 for s in sheets], found.settings, words["prices"], today)
+    sources += learnt(*spent) if spent else []
+    inputs = ([s.sha256 for s in sheets], found.settings, words["prices"], today, *([spent[1].sha256] if spent else []))
     return to_json(envelope(plain(result), inputs, warnings, sources, code))
