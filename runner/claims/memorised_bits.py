@@ -8,12 +8,14 @@ from dataclasses import replace
 
 from calibrate.stats import mean_interval, one_sided, slope_by_group
 from lora_planner.record import FAILS, HOLDS, NOT_RUN, UNDECIDED, Plot, RunRecord, RunSpec, Series, Verdict
-from runner.claims.lab import FEW, SIZES, Size, arm, loss_at, of_arm, points
+from runner.claims.lab import SIZES, Size, arm, loss_at, of_arm, points
 from runner.claims.shared import count
 
-RANKS = (1, 2, 4)
-RATES = (1.25e-3, 2.5e-3, 5e-3)
-FACTS, VALUE, BATCH, EXPOSURES = 150, 8, 50, 300  # facts and samples a step, per rank; tokens of a value
+#: fresh ones: with those before them the best rate was the lowest, and 300 exposures were too few
+SEEDS = (11, 12, 13)
+RANKS = (1, 4)
+RATES = (8e-4, 1.6e-3, 3.2e-3)
+FACTS, VALUE, BATCH, EXPOSURES = 150, 8, 50, 500  # facts and samples a step, per rank; tokens of a value
 ACCEPTED = (1.7, 2.75)
 PLATEAU = 0.1
 SENTENCE = "A LoRA adapter memorises about two bits per trained parameter, in proportion to their number."
@@ -39,8 +41,8 @@ def design(size: Size, rank: int, init: str = "pretrained") -> RunSpec:
 
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
-    arms = [*(design(size, rank) for rank in RANKS), design(size, 2, "random")]
-    return [replace(one, lr=rate, seed=seed) for one in arms for rate in RATES for seed in FEW]
+    arms = [*(design(size, rank) for rank in RANKS), design(size, RANKS[0], "random")]
+    return [replace(one, lr=rate, seed=seed) for one in arms for rate in RATES for seed in SEEDS]
 
 
 def bits(run: RunRecord, step: int | None) -> float | None:
@@ -66,22 +68,24 @@ def density(run: RunRecord, step: int | None = None) -> float:
 def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
     s = SIZES[size]
     arms = {rank: design(s, rank) for rank in RANKS}
-    control = design(s, 2, "random")
-    n = count(runs, [*arms.values(), control], FEW)
+    control = design(s, RANKS[0], "random")
+    n = count(runs, [*arms.values(), control], SEEDS)
     if not n:
         return Verdict("C11", NOT_RUN, "no run of it in these records")
-    found = {rank: [best(runs, one, seed) for seed in FEW] for rank, one in arms.items()}
+    found = {rank: [best(runs, one, seed) for seed in SEEDS] for rank, one in arms.items()}
     known = {rank: [run for run in row if run] for rank, row in found.items()}
-    if any(len(row) < len(FEW) for row in known.values()):
+    if any(len(row) < len(SEEDS) for row in known.values()):
         return Verdict("C11", UNDECIDED, "a run is missing or diverged", n=n)
     per = {rank: [density(run) for run in row] for rank, row in known.items()}
     effect = mean_interval(per[RANKS[-1]], unit=UNIT)
     half = arms[RANKS[-1]].steps // 2
     grown = mean_interval([density(run) / max(density(run, half), 1e-9) - 1 for run in known[RANKS[-1]]])
     x = [math.log(rank) for rank in RANKS]
-    power = slope_by_group([(x, [math.log(max(per[rank][i] * rank, 1e-9)) for rank in RANKS]) for i in range(len(FEW))])
-    floor = [density(run) for seed in FEW if (run := best(runs, control, seed))]
-    seen = len(floor) == len(FEW) and one_sided([a - b for a, b in zip(per[2], floor, strict=True)]) < 0.05
+    power = slope_by_group(
+        [(x, [math.log(max(per[rank][i] * rank, 1e-9)) for rank in RANKS]) for i in range(len(SEEDS))]
+    )
+    floor = [density(run) for seed in SEEDS if (run := best(runs, control, seed))]
+    seen = len(floor) == len(SEEDS) and one_sided([a - b for a, b in zip(per[RANKS[0]], floor, strict=True)]) < 0.05
     low, high = ACCEPTED
     status = (
         HOLDS
@@ -99,7 +103,7 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
                 f"the second half of {EXPOSURES} exposures added {grown.value:.1%}"
                 + (f"; the best rate, {at_end[0]:.2g}, is at the end of the grid" if at_end else ""))  # fmt: skip
     said = (
-        f"on random weights {mean_interval(floor).value:.2f} at rank 2: {'found' if seen else 'not found'}"
+        f"on random weights {mean_interval(floor).value:.2f} at rank {RANKS[0]}: {'found' if seen else 'not found'}"
         if floor
         else "not run"
     )
