@@ -80,6 +80,13 @@ TERMS: dict[str, dict[str, Any]] = {
     "--problems": {"type": int, "help": "RL: problems in the data."},
     "--group": {"type": int, "default": 16, "show_default": True, "help": "RL: samples per problem."},
     "--pass-rate": {"type": float, "help": "RL: share of samples solved at the start."},
+    "--sample-tokens": {"type": float, "metavar": "N", "help": "RL: mean tokens of an answer; default: from the data."},
+    "--engine": {
+        "type": click.Choice(["vllm", "hf"]),
+        "default": "vllm",
+        "show_default": True,
+        "help": "RL: what samples.",
+    },
 }
 
 
@@ -185,11 +192,16 @@ def job_of(words: dict[str, Any]) -> Job:
         raise UsageError("--data and --tokens are two sizes of one data set", "", "Give one of them.")
     if words["rl"] and not words["problems"]:
         raise UsageError("--rl needs --problems", "", "How many problems are in the data?")
+    if words.get("sample_tokens") is not None and not words["rl"]:
+        raise UsageError("--sample-tokens without --rl", "", "Only reinforcement learning samples.")
     length = words["max_length"]
+    sampling = None
     if words["data"]:
         data = read_data(words["data"], tokenizer=words["tokenizer"], max_length=length)
     elif words["tokens"]:
         data = DataFacts.from_tokens(parse_token_count(words["tokens"]), length)
+    elif words["rl"] and words.get("sample_tokens") is not None:
+        data = None
     else:
         raise UsageError("neither --data nor --tokens", "", "Give the data file, or its size: --tokens 10M.")
     if length and model.max_positions and length > model.max_positions:
@@ -198,6 +210,12 @@ def job_of(words: dict[str, Any]) -> Job:
             "--max-length",
             "Use a shorter length.",
         )
+    if words["rl"]:
+        from lora_planner.rollout import samples_of
+
+        data, sampling = samples_of(data, words["problems"], words["group"], words.get("sample_tokens"),
+                                    words.get("engine") or "vllm", length)  # fmt: skip
+    assert data
     return Job(
         model,
         data,
@@ -212,4 +230,5 @@ def job_of(words: dict[str, Any]) -> Job:
         words["problems"] or 0,
         words["group"],
         words["pass_rate"],
+        sampling,
     )

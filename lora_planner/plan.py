@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 
 from lora_planner import batch as batches
-from lora_planner import capacity, findings, flops, learning_rate
+from lora_planner import capacity, findings, flops, learning_rate, rollout
 from lora_planner.cost import Cost, cost
 from lora_planner.data_file import DataFacts
 from lora_planner.errors import BadInput, UnknownName, nearest
 from lora_planner.facts import CPU, Gpu, Price, gpu, prices, remembered
 from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.lengths import clipped, expected_longest
-from lora_planner.memory import MemoryPlan, memory
+from lora_planner.memory import MemoryPlan, memory, p_fit
 from lora_planner.memory import constants as memory_constants
 from lora_planner.method import Method
 from lora_planner.method.targets import adapter_table
 from lora_planner.model import Model
 from lora_planner.params import adapter_ledger, file_bytes, stored_params, trainable_params
-from lora_planner.throughput import Stack, stack, step_time
+from lora_planner.throughput import Stack, Work, stack, step_time
 from lora_planner.workload import work
 
 #: (code, sentence, fix)
@@ -42,10 +42,15 @@ class Configuration:
     loss: str = "full"
     stack: str = "hf-trl"
     longest: int = 0  # of any sample: what memory must hold; 0 means seq_len
+    sampling: rollout.Sampling | None = None  # RL: what is sampled before each step
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.micro_batch * self.accumulation
 
     @property
     def tokens_per_step(self) -> int:
-        return self.micro_batch * self.seq_len * self.accumulation
+        return self.samples_per_step * self.seq_len
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +78,11 @@ class Priced:
     file_bytes: int
     memory: MemoryPlan | None = None
     p_fit: float | None = None
-    step: Ledger | None = None
-    step_s: Estimate | None = None
+    step: Ledger | None = None  # training, by cause
+    step_s: Estimate | None = None  # the whole step: in RL all its phases
+    train_s: Estimate | None = None  # a step's training alone
+    phases: tuple[rollout.Phase, ...] = ()  # of a step of RL
+    rollout: rollout.Rollout | None = None
     tokens_per_s: Estimate | None = None
     run_tokens: float | None = None
     run_s: Estimate | None = None
@@ -107,6 +115,20 @@ def _stack(name: str, gpu_name: str) -> Stack:
     return stack(name, gpu(gpu_name))
 
 
+@remembered
+def _sampled(
+    model: Model,
+    method: Method,
+    gpu_name: str,
+    sampling: rollout.Sampling,
+    samples: int,
+    stack_name: str,
+    resident: rollout.Resident,
+) -> rollout.Rollout:
+    """A search asks for the same step of sampling with every way to cut up its training."""
+    return rollout.rollout(model, method, gpu(gpu_name), sampling, samples, _stack(stack_name, gpu_name), resident)
+
+
 def matmul_dtype(gpu: Gpu) -> str:
     """bf16 where the hardware has it, else fp16 (T4, V100): what the stacks fall back to; fp32 on a CPU."""
     if gpu.form == CPU:
@@ -117,7 +139,8 @@ def matmul_dtype(gpu: Gpu) -> str:
 def price(c: Configuration, book: PriceBook | None = None, run_tokens: float | None = None) -> Priced:
     """Parameters, memory, time and cost of one configuration.
 
-    `run_tokens`: padded tokens of the whole run; without it time and cost are those of a step.
+    `run_tokens`: padded tokens of the whole run; without it time and cost are those of a step. In RL both are those
+    of all phases, and the peak is that of the largest: an engine with weights of its own sleeps while the trainer works.
     """
     if c.micro_batch < 1 or c.seq_len < 1 or c.accumulation < 1:
         raise BadInput(f"{c.micro_batch} x {c.seq_len} x {c.accumulation} tokens are no step",
@@ -153,7 +176,9 @@ def price(c: Configuration, book: PriceBook | None = None, run_tokens: float | N
         dtype=dtype,
     )
     found.step = step_time(asked, c.gpu, _stack(c.stack, c.gpu.name))
-    step = found.step_s = found.step.estimate()
+    step = found.step_s = found.train_s = found.step.estimate()
+    if c.sampling:
+        step = _add_phases(found, c.sampling, asked)
     tokens = c.tokens_per_step
     found.tokens_per_s = Estimate(
         tokens / step.high, tokens / step.value, tokens / step.low, "tokens/s", step.basis, step.source
@@ -164,6 +189,58 @@ def price(c: Configuration, book: PriceBook | None = None, run_tokens: float | N
     if book and rows:
         found.cost = cost(found.run_s, c.gpu.name, rows, book.today)
     return found
+
+
+def _add_phases(found: Priced, sampling: rollout.Sampling, asked: Work) -> Estimate:
+    """The other phases of a step of RL, and its seconds.
+
+    Old log-probabilities are one forward pass where another engine sampled, whose own differ (TRL's importance
+    sampling correction); GRPO without a KL term needs no reference model.
+    """
+    c = found.configuration
+    assert c.gpu and found.memory and found.train_s
+    stack = _stack(c.stack, c.gpu.name)
+    rest = found.memory.phases["optimizer"]
+    resident = tuple((name, rest[name]) for name in ("weights", "adapters", "optimizer states"))
+    sampled = _sampled(c.model, c.method, c.gpu.name, sampling, c.samples_per_step, c.stack, resident)
+    found.rollout = sampled
+    house = f"{sampled.at_once} of {sampled.samples} samples at once, {sampling.answer:,.0f} tokens each"
+    tail = (
+        "all of them run until the longest is done"
+        if sampling.engine == rollout.HF
+        else (f"the last tenth of them takes {sampled.last_tenth:.0%} of the time")
+    )
+    note = f"{house}; {tail}"
+    parts = {"rollout": (sampled.ledger.estimate(), note)}
+    if sampling.engine != rollout.HF:
+        forward = rollout.forward_work(asked, c.model, c.method, micro_batch=c.micro_batch, seq_len=c.seq_len,
+                                       accumulation=c.accumulation, attention=c.attention, checkpointing=c.checkpointing)  # fmt: skip
+        again = step_time(forward, c.gpu, stack).estimate()
+        parts["log-probabilities"] = (
+            again,
+            "one forward pass, as the engine's differ from the trainer's; no reference model",
+        )
+    parts["training"] = (found.train_s, f"stack {c.stack}")
+    if sampling.engine != rollout.HF:
+        moved = rollout.sync_ledger(c.model, c.method, c.gpu, sampling, stack, sampled.engine_bytes)
+        what = "all weights" if c.method.is_full else "the adapter's file"
+        parts["sync"] = (moved.estimate(), f"{what} into the engine, its own weights out of GPU memory and back")
+    found.phases, found.step_s = rollout.phases_of(parts)
+    found.memory = _with_rollout(found.memory, sampled)
+    found.p_fit = found.memory.p_fit
+    return found.step_s
+
+
+def _with_rollout(trained: MemoryPlan, sampled: rollout.Rollout) -> MemoryPlan:
+    """The peak is the largest phase, never a sum. The cache takes what is there, so that what must fit is one sample."""
+    phases = {**trained.phases, "rollout": sampled.memory}
+    fits = min(trained.p_fit or 0.0, p_fit(sampled.minimum, sampled.allowed_bytes) if sampled.fits else 0.0)
+    peak = sampled.memory.estimate()
+    if peak.value <= trained.peak.value:
+        return replace(trained, phases=phases, p_fit=fits)
+    peak.source = "rollout.rollout"
+    return replace(trained, phases=phases, p_fit=fits, peak=peak, peak_phase="rollout", dominating=sampled.memory.largest(),
+                   allocated=peak.value)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -183,6 +260,7 @@ class Job:
     problems: int = 0
     group: int = 0
     pass_rate: float | None = None
+    sampling: rollout.Sampling | None = None
     _lengths: dict[int, float] = field(default_factory=dict)
 
     @property

@@ -16,11 +16,13 @@ from lora_planner import batch as batches
 from lora_planner import capacity
 from lora_planner.errors import BadInput, Infeasible, UnsupportedAdapter
 from lora_planner.facts import Gpu
-from lora_planner.memory import constants
+from lora_planner.memory import constants, p_fit
 from lora_planner.method import Method, method
 from lora_planner.params import trainable_params
 from lora_planner.plan import Configuration, Job, Plan, Priced, Warning3, loss_penalty, make_plan, price
+from lora_planner.rollout import rollout
 from lora_planner.room import smallest_change_that_fits
+from lora_planner.throughput import stack
 from lora_planner.units import duration, gib, usd
 
 METHODS = ("lora", "qlora", "full")
@@ -31,6 +33,11 @@ MIN_P_FIT = 0.95
 #: plans whose expected cost is within this factor are told apart by their peak memory
 SAME_COST = 1.02
 NOFIT, LATE, OVERBUDGET = "NOFIT", "LATE", "OVERBUDGET"
+RL_TIME: Warning3 = (
+    "W-RL-TIME",
+    "sampling is in time and cost; computing rewards (a verifier, an environment, a reward model) is not",
+    "Time one batch of rewards and add it, or hide it behind sampling.",
+)
 
 
 @dataclass(slots=True)
@@ -138,6 +145,7 @@ def candidates(job: Job, rank: int, batch: int) -> Iterator[Configuration]:
                 batches.accumulate(batch, micro).steps,
                 checkpointing,
                 longest=longest,
+                sampling=job.sampling,
             )
 
 
@@ -158,6 +166,12 @@ def refusal_of(job: Job, found: Priced) -> Rejected | None:
     """The first constraint a configuration breaks, with both numbers."""
     c = found.configuration
     assert c.gpu and found.memory and found.run_s and found.p_fit is not None
+    if found.rollout and not found.rollout.fits:
+        room, need = found.rollout.allowed_bytes, found.rollout.minimum
+        return Rejected(
+            found, NOFIT, f"sampling does not fit: {gib(need.value)} [{gib(need.low)}, {gib(need.high)}] for one sample "
+            f"beside the trainer, of {gib(room)} that the engine may use",
+        )  # fmt: skip
     if found.p_fit < MIN_P_FIT:
         peak = found.memory.peak
         return Rejected(
@@ -182,9 +196,13 @@ def _kind(found: Priced) -> tuple[object, ...]:
 
 def _fix(refused: Rejected) -> str:
     """The smallest change that would have made it fit."""
-    c = refused.priced.configuration
+    c, sampled = refused.priced.configuration, refused.priced.rollout
     if refused.code != NOFIT or c.gpu is None:
         return ""
+    if sampled and p_fit(sampled.minimum, sampled.allowed_bytes) < MIN_P_FIT:
+        if sampled.engine_bytes and sampled.minimum.high - sampled.engine_bytes < sampled.allowed_bytes:
+            return "sample with the trainer's model: --engine hf"
+        return "" if sampled.engine_bytes else "allow shorter answers: --max-length"
     change = smallest_change_that_fits(
         c.model,
         c.method,
@@ -238,8 +256,30 @@ def _warnings(advice: Advice) -> Iterator[Warning3]:
     if job.budget_usd and bill and bill.usd.high > job.budget_usd:
         yield "W-BUDGET", f"the dear end, {usd(bill.usd.high)}, exceeds the budget", "Fix a price with --prices."
     if job.rl:
-        yield ("W-RL-TIME", "time and cost are those of training on the samples; generating them is not included",
-               "Budget generation apart; it often takes as long again.")  # fmt: skip
+        yield RL_TIME
+        yield from _small_house(plan)
+        step = plan.accumulation.effective
+        if step % job.group:
+            yield ("W-RL-GROUP", f"a step of {step} samples holds no whole number of groups of {job.group}",
+                   f"Use a --group that divides {plan.batch.batch}: trainers refuse a broken group.")  # fmt: skip
+
+
+#: samples in flight by which a step of few samples is judged
+MANY = 8
+
+
+def _small_house(plan: Plan) -> Iterator[Warning3]:
+    """Decoding reads all weights for every token of a few samples: what more of them at once would save."""
+    found, c = plan.priced, plan.configuration
+    if not (found.rollout and c.sampling and c.gpu and found.rollout.fits):
+        return
+    many = MANY * c.samples_per_step
+    more = rollout(c.model, c.method, c.gpu, c.sampling, many, stack(c.stack, c.gpu), found.rollout.resident)
+    saved = 1 - more.ledger.total / MANY / found.rollout.ledger.total
+    if saved > 0.25:
+        yield ("W-RL-BATCH", f"sampling {c.samples_per_step} at a time reads all weights for few tokens: {many} at a time would take "
+               f"{saved:.0%} less time a sample", "Sample for several steps at once (TRL: steps_per_generation); the later ones "
+               "then train on samples of an older policy.")  # fmt: skip
 
 
 def _gpu(plan: Plan) -> Gpu:

@@ -213,8 +213,41 @@ def priced_object(p: Priced) -> dict[str, Any]:
         }
         result["time"] = {"step_s": plain(p.step_s), "tokens_per_s": plain(p.tokens_per_s), "run_s": plain(p.run_s),
                           "run_tokens": p.run_tokens, "ledger": ledger_object(p.step) if p.step else None}  # fmt: skip
+        if p.rollout and c.sampling:
+            result["time"]["train_step_s"] = plain(p.train_s)
+            result["phases"] = plain(p.phases)
+            result["rollout"] = rollout_object(p)
         result["cost"] = cost_object(p)
     return result
+
+
+def rollout_object(p: Priced) -> dict[str, Any]:
+    """Sampling of one step of RL: what is sampled, its seconds by cause, its memory, and flags for a server."""
+    r, s = p.rollout, p.configuration.sampling
+    assert r and s
+    return {
+        "engine": s.engine, "prompt_tokens": s.prompt, "answer_tokens": s.answer, "longest_answer": s.longest,
+        "samples_per_step": r.samples, "at_once": r.at_once, "last_tenth_share": r.last_tenth,
+        "ledger": ledger_object(r.ledger), "memory": ledger_object(r.memory), "serve": serve_flags(p),
+    }  # fmt: skip
+
+
+def serve_flags(p: Priced) -> str:
+    """What vLLM has to be told: a rank above its maximum is refused, a higher maximum is slow, and by default it takes
+    the memory that the trainer beside it needs.
+
+    Source: vllm-project/vllm#2847, #22782; the ranks are capacity.SERVABLE_RANKS.
+    """
+    from lora_planner.capacity import SERVABLE_RANKS
+
+    m, s, r = p.configuration.method, p.configuration.sampling, p.rollout
+    if s is None or r is None or s.engine != "vllm":
+        return ""
+    share = f"--gpu-memory-utilization {r.engine_share:.2f}"
+    if m.is_full:
+        return share
+    rank = next((rank for rank in SERVABLE_RANKS if rank >= m.rank), SERVABLE_RANKS[-1])
+    return f"--enable-lora --max-lora-rank {rank} --max-loras 1 {share}"
 
 
 def cost_object(p: Priced) -> dict[str, Any] | None:
@@ -251,6 +284,9 @@ def provenance(p: Priced) -> list[dict[str, Any]]:
                      "source": p.memory.peak.source})  # fmt: skip
         rows.append({"key": "time", "value": p.step_s.value, "kind": p.step_s.basis,
                      "source": f"data/constants.json, stack {c.stack}"})  # fmt: skip
+        rows += [{"key": phase.name, "value": phase.seconds.value, "kind": phase.seconds.basis,
+                  "source": "data/rollout_constants.json" if phase.name in ("rollout", "sync") else f"data/constants.json, stack {c.stack}"}
+                 for phase in p.phases]  # fmt: skip
         rows.append({"key": "gpu", "value": c.gpu.name, "kind": "published", "source": c.gpu.source,
                      "as_of": c.gpu.as_of.isoformat()})  # fmt: skip
     if p.cost:
@@ -296,8 +332,10 @@ def advice_object(advice: Advice) -> dict[str, Any]:
         "considered": advice.considered,
         "dropped": dict(advice.dropped),
     }
-    inputs = (job.model.name, job.model.total, job.data.sha256, job.data.tokens.value, [g.name for g in job.gpus],
+    inputs: tuple[Any, ...] = (job.model.name, job.model.total, job.data.sha256, job.data.tokens.value, [g.name for g in job.gpus],
               job.epochs, job.max_length, job.budget_usd, job.deadline_s, job.rl, job.problems, job.group, job.pass_rate)  # fmt: skip
+    if job.sampling:
+        inputs = (*inputs, job.sampling)
     sources = provenance(advice.plan.priced) if advice.plan else []
     return envelope(result, inputs, advice.warnings, sources, advice.exit_code)
 
@@ -382,7 +420,7 @@ def _largest(p: Priced, most: int = 5) -> str:
 
 #: kinds of memory that a bar shows, and the terms of each; the last one has all others
 MEMORY_KINDS = (
-    ("weights", ("weights", "adapters")),
+    ("weights", ("weights", "adapters", "engine weights")),
     ("training state", ("gradients", "optimizer states", "optimizer temporary")),
     ("logits", ("logits", "logit gradients", "head", "model output")),
     ("activations and rest", ()),
@@ -450,6 +488,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
     rows += [("", line) for line in fits[1:]]
     rows.append(("time", styled(f"{interval(p.run_s, units.duration)}, {units.count(p.tokens_per_s.value)} tokens/s, "
                                f"step {units.duration(p.step_s.value)} ", basis_note(f"{p.run_s.basis}, stack {c.stack}"))))  # fmt: skip
+    rows += _phase_rows(p)
     rows.append(("cost", cost_line(p)))
     rows.append(("flops", _flops_line(p)))
     rows.append(("capacity", _capacity_line(plan)))
@@ -463,6 +502,30 @@ def _plan_rows(plan: Plan) -> list[tuple[str, Any]]:
                 ),
             )
         )
+    return rows
+
+
+def _phase_rows(p: Priced) -> list[tuple[str, Any]]:
+    """RL: hours of each phase of the run, then what decides them."""
+    if not (p.phases and p.rollout and p.memory and p.run_s and p.step_s):
+        return []
+    r, run = p.rollout, p.run_s.value / p.step_s.value
+    parts = [
+        f"{phase.name} {interval(phase.seconds.scaled(run), units.duration)} ({phase.share:.0%})" for phase in p.phases
+    ]
+    rows: list[tuple[str, Any]] = [("phases", styled(", ".join(parts) + " ", basis_note(p.phases[0].seconds.basis)))]
+    engine = p.configuration.sampling.engine if p.configuration.sampling else ""
+    rows.append(("", styled(dim(f"{engine}: {p.phases[0].note}"))))
+    trained = max(ledger.total for name, ledger in p.memory.phases.items() if name != "rollout")
+    kept = ", ".join(
+        f"{t.name} {units.gib(t.value)}" for t in sorted(r.memory.terms, key=lambda t: -t.value) if t.value
+    )
+    asleep = "the engine sleeps while the trainer works" if r.engine_bytes else "the trainer's model samples"
+    rows.append(
+        ("", styled(f"sampling takes {units.gib(r.memory.total)} ({kept}), training {units.gib(trained)}; {asleep}"))
+    )
+    if flags := serve_flags(p):
+        rows.append(("serve", styled(flags)))
     return rows
 
 
@@ -626,6 +689,9 @@ def _cell(value: Any) -> str:
     return "" if value is None else one_line(str(value))
 
 
+HEADINGS = {"memory_gib": "GiB", "bf16_tflops": "TFLOP/s", "hbm_tb_per_s": "TB/s", "usd_per_hour": "USD/h"}
+
+
 def show_rows(title: str, rows: Sequence[Any]) -> None:
     """A catalogue: one line a row."""
     from rich.table import Table
@@ -633,8 +699,11 @@ def show_rows(title: str, rows: Sequence[Any]) -> None:
     console = terminal()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     records = [plain(row) for row in rows]
-    for i, heading in enumerate(records[0]):
-        table.add_column(heading, overflow="fold", no_wrap=i == 0)
+    for i, name in enumerate(records[0]):
+        heading = HEADINGS.get(name, name.replace("_", " "))
+        table.add_column(
+            heading, overflow="fold", no_wrap=i == 0 or name == "as_of", min_width=7 if name == "also" else None
+        )
     for record in records:
         table.add_row(*(styled(_cell(value)) for value in record.values()))
     console.print(table)

@@ -155,6 +155,7 @@ def _limits(words: dict[str, Any], job: Job | None) -> list[tuple[str, str]]:
 
 
 def _warnings(found: Comparison, jobs: dict[str, Job | str]) -> list[tuple[str, str, str]]:
+    from lora_planner.recommend import RL_TIME
     from lora_planner.units import duration, usd
 
     rows: list[tuple[str, str, str]] = []
@@ -188,8 +189,7 @@ def _warnings(found: Comparison, jobs: dict[str, Job | str]) -> list[tuple[str, 
             rows.append(("W-DEADLINE", f"the p90 of {len(late)} cells is later than {duration(ready[0].deadline_s)}",
                          "`lora-plan calibrate` narrows the time."))  # fmt: skip
     if ready and ready[0].rl:
-        rows.append(("W-RL-TIME", "time and cost are those of training on the samples; generating them is not included",
-                     "Budget generation apart; it often takes as long again."))  # fmt: skip
+        rows.append(RL_TIME)
     return rows
 
 
