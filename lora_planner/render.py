@@ -227,7 +227,7 @@ def rollout_object(p: Priced) -> dict[str, Any]:
     assert r and s
     return {
         "engine": s.engine, "prompt_tokens": s.prompt, "answer_tokens": s.answer, "longest_answer": s.longest,
-        "samples_per_step": r.samples, "at_once": r.at_once, "last_tenth_share": r.last_tenth,
+        "samples_per_step": r.samples, "at_once": r.at_once, "last_tenth_share": r.last_tenth, "engine_share": r.engine_share,
         "ledger": ledger_object(r.ledger), "memory": ledger_object(r.memory), "serve": serve_flags(p),
     }  # fmt: skip
 

@@ -311,6 +311,7 @@ def test_all_checks_have_been_seen_to_speak() -> None:
         report(trl(lora_target_modules=["q_proj", "lm_head"], max_length=100_000, lora_target_parameters=[])),
         report(Document(llama | {"target_modules": ["q_proj"], "r": 5000}, "a.json", "json")),
         report(source.script(TRAINER, "train.py")),
+        report(trl(fsdp="full_shard", load_in_4bit=True), card=H100, gpus=8),
     ]
     spoken = {finding.code for one in seen for finding in one.findings}
     for code in ("E-HEAD-ADAPTER", "E-LENGTH", "E-RANK-WIDE", "E-CHECKPOINT-GRAD"):
@@ -324,7 +325,7 @@ def _speaks(check_name: str, code: str) -> bool:
         "fit": ("NOFIT",), "rates": ("LR-",), "scale": ("ALPHA",), "targets": ("TARGET",), "mixture": ("EXPERT",),
         "whole_modules": ("EMBEDDINGS", "SAVED"), "head": ("HEAD",), "attention_only": ("ATTENTION-ONLY",), "rank": ("RANK",),
         "batch": ("BATCH-LARGE",), "group": ("GROUP",), "precision": ("BF16", "FP32"), "recomputing": ("CHECKPOINT",),
-        "packing": ("PACKING",), "length": ("LENGTH",), "keys": ("KEY",), "trust": ("REMOTE",),
+        "sharding": ("4BIT-WHOLE",), "packing": ("PACKING",), "length": ("LENGTH",), "keys": ("KEY",), "trust": ("REMOTE",),
     }  # fmt: skip
     return any(word in code for word in words[check_name])
 

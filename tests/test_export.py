@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 import sys
 from datetime import date
 from functools import cache
@@ -16,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_planner import render
-from lora_planner.cli import Commands
-from lora_planner.commands.check import check
-from lora_planner.commands.export import export
+from lora_planner.batch import recommend_batch
+from lora_planner.checked import plan_hash
+from lora_planner.cli import Commands, main
 from lora_planner.data_file import DataFacts, read_data
 from lora_planner.facts import gpu
 from lora_planner.handoff import READERS, WRITERS, read, source
@@ -27,8 +29,10 @@ from lora_planner.handoff.plan_file import planned
 from lora_planner.handoff.recipe import Recipe
 from lora_planner.handoff.vllm import served_rank
 from lora_planner.handoff.words import decimal, known_keys, yaml
+from lora_planner.method import Method, method
 from lora_planner.model_source import load_model
-from lora_planner.plan import Job, PriceBook
+from lora_planner.pages.plan_file import sheet
+from lora_planner.plan import Configuration, Job, PriceBook, make_plan
 from lora_planner.recommend import recommend
 
 DATA = Path(__file__).parents[1] / "examples/stdlib-docs.jsonl"
@@ -48,8 +52,16 @@ WRITTEN = {
     "lora": ("trl", "axolotl", "llamafactory", "unsloth", "peft"),
     "qlora": ("trl", "axolotl", "llamafactory", "unsloth", "peft"),
     "tower": ("trl", "axolotl", "llamafactory", "unsloth", "peft"),
-    "experts": ("axolotl", "peft"),
+    "experts": ("trl", "axolotl", "llamafactory", "unsloth", "peft"),
     "full": ("trl", "llamafactory", "unsloth"),
+}
+#: the form of experts' adapters that each tool is asked for: the planned one is none that peft has
+EXPERTS = {
+    "trl": "fused",
+    "axolotl": "fused-over-active",
+    "peft": "fused-over-active",
+    "llamafactory": "none",
+    "unsloth": "none",
 }
 PAIRS = [(kind, tool) for kind, tools in WRITTEN.items() for tool in tools]
 REFUSED = [(kind, tool) for kind, tools in WRITTEN.items() for tool in NAMES if tool not in tools]
@@ -73,7 +85,7 @@ def document(kind: str) -> dict[str, Any]:
 
 
 def run(*words: str) -> Result:
-    group = Commands(commands={"check": check, "export": export})
+    group = Commands(commands=main.commands)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lora-plan", *words])
         return CliRunner().invoke(group, list(words))
@@ -83,7 +95,8 @@ def written(kind: str, tool: str, folder: Path) -> Path:
     """The tool's main file of an exported plan."""
     plan = folder / "plan.json"
     plan.write_text(json.dumps(document(kind)))
-    done = run("export", str(plan), "--to", tool, "--out", str(folder / tool))
+    more = ("--experts", EXPERTS[tool]) if kind == "experts" else ()
+    done = run("export", str(plan), "--to", tool, "--out", str(folder / tool), *more)
     assert done.exit_code == 0, done.stderr
     return folder / tool / NAMES[tool]
 
@@ -108,7 +121,8 @@ def test_export_then_check_is_the_plan(kind: str, tool: str, tmp_path: Path) -> 
     """What is read back has the plan's model, matrices, rank, scale, rate, batch, length and precision."""
     plan, model = document(kind)["result"]["recommended"], load_model(JOBS[kind][0])
     recipe = back(kind, tool, tmp_path)
-    ours = planned(document(kind)).recipe
+    made = planned(document(kind), experts=EXPERTS[tool] if kind == "experts" else "")
+    ours = made.recipe
     assert recipe.tool == tool
     assert load_model(recipe.model).name == plan["model"]["name"]
     assert not recipe.unknown
@@ -129,6 +143,8 @@ def test_export_then_check_is_the_plan(kind: str, tool: str, tmp_path: Path) -> 
         assert {(row.name, row.copies, row.rank) for row in found.rows} == {
             (row.name, row.copies, row.rank) for row in resolve(model, ours).rows
         }
+    if kind != "full":
+        assert found.adapter_params == made.trainable
     if kind in ("lora", "qlora", "tower"):
         assert found.adapter_params == plan["params"]["trainable"]
         assert found.exact
@@ -157,6 +173,7 @@ def test_the_same_plan_has_the_same_price(tool: str, tmp_path: Path) -> None:
     """Where the tool's loss is the plan's, memory, time and cost come out equal to the last byte and cent."""
     file = written("lora", tool, tmp_path)
     done = run("check", str(file), "--gpu", "h100-sxm-80gb", "--data", str(DATA), "--offline", "--json")
+    assert json.loads(done.stdout)["result"]["plan"] == plan_hash(document("lora")["result"])[:12]
     found, plan = json.loads(done.stdout)["result"], document("lora")["result"]["recommended"]
     assert done.exit_code == 0
     assert found["peak_bytes"] == plan["memory"]["peak_bytes"]
@@ -270,6 +287,186 @@ def test_every_key_is_documented(kind: str, tool: str, tmp_path: Path) -> None:
             for key, value in (asked[part] or {}).items()
         }
     assert set(asked) <= known
+
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+TINY = {
+    "qwen3_moe": {"model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4,
+                  "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False},
+    "mixtral": {"model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2,
+                "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def plan_of(folder: Path, config: dict[str, Any], chosen: Method, card: str = "h100-sxm-80gb") -> Path:
+    """A plan file for a model directory and any method, in the form of `recommend --json`."""
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(str(folder))
+    job = Job(
+        model,
+        DataFacts.from_tokens(1_000_000, 256),
+        (gpu(card),),
+        PriceBook.load(today=date(2026, 11, 27)),
+        max_length=256,
+    )
+    c = Configuration(model, chosen, gpu(card), 4, 256, 8, longest=256)
+    found = json.loads(json.dumps(document("experts")))
+    plan = make_plan(job, c, recommend_batch(job.data.examples))
+    found["result"]["recommended"] = json.loads(render.to_json(render.plan_object(plan)))
+    found["result"]["recommended"]["model"]["name"] = str(folder)
+    (folder / "plan.json").write_text(json.dumps(found))
+    return folder / "plan.json"
+
+
+def trained(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("form", ["fused-over-active", "fused", "none"])
+@pytest.mark.parametrize("targets", ["all-linear", "mlp"])
+def test_peft_trains_the_exported_experts(family: str, form: str, targets: str, tmp_path: Path) -> None:
+    """The real model wrapped with the real file has the parameters that export and check both print, at these ranks."""
+    torch: Any = pytest.importorskip("torch")
+    peft: Any = pytest.importorskip("peft")
+    transformers: Any = pytest.importorskip("transformers")
+    if targets == "mlp" and form == "none":
+        return  # nothing is left of it
+    plan = plan_of(tmp_path, TINY[family], method("lora", 8, targets=(targets,)))
+    done = run("export", str(plan), "--to", "peft", "--out", str(tmp_path / "x"), "--experts", form, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)["result"]["trainable"]
+    with torch.device("meta"):
+        real = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**TINY[family]))
+    wrapped = peft.get_peft_model(
+        real, peft.LoraConfig.from_pretrained(str(tmp_path / "x")), autocast_adapter_dtype=False
+    )
+    assert trained(wrapped) == said
+    ranks = {p.shape[0] // 4 for name, p in wrapped.named_parameters() if "experts" in name and "lora_A" in name}
+    assert ranks == {"fused-over-active": {4}, "fused": {8}, "none": set()}[form]
+    back = json.loads(run("check", str(tmp_path / "x"), "--offline", "--json").stdout)["result"]
+    assert back["params"]["adapter"] == said
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize(
+    ("form", "planned_as"), [("fused", "per-expert-over-active"), ("none", "per-expert"), ("", "fused"), ("", "none")]
+)
+def test_trl_trains_the_exported_experts(family: str, form: str, planned_as: str, tmp_path: Path) -> None:
+    """TRL's own parser and get_peft_config, on the real model; a plan of `fused` or `none` needs no --experts."""
+    torch: Any = pytest.importorskip("torch")
+    peft: Any = pytest.importorskip("peft")
+    transformers: Any = pytest.importorskip("transformers")
+    library: Any = pytest.importorskip("trl")
+    plan = plan_of(tmp_path, TINY[family], method("lora", 8, experts=planned_as))
+    more = ("--experts", form) if form else ()
+    done = run("export", str(plan), "--to", "trl", "--out", str(tmp_path / "x"), "--json", *more)
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)["result"]["trainable"]
+    if not form:
+        assert said == json.loads(plan.read_text())["result"]["recommended"]["params"]["trainable"]
+    parser = library.TrlParser((library.ScriptArguments, library.SFTConfig, library.ModelConfig, _mixture()))
+    on_cpu = ["--use_cpu", "True", "--bf16", "False"]
+    _, _, model, _ = parser.parse_args_and_config(args=["--config", str(tmp_path / "x/sft.yaml"), *on_cpu])
+    with torch.device("meta"):
+        real = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**TINY[family]))
+    assert trained(peft.get_peft_model(real, library.get_peft_config(model), autocast_adapter_dtype=False)) == said
+
+
+@pytest.mark.parametrize("tool", sorted(NAMES))
+def test_a_form_that_a_tool_has_not_is_refused_with_those_it_has(tool: str, tmp_path: Path) -> None:
+    """One line: the tool, the form, what it can train with how many parameters, and the command, which works."""
+    (tmp_path / "plan.json").write_text(json.dumps(document("experts")))
+    words = ["export", str(tmp_path / "plan.json"), "--to", tool, "--out", str(tmp_path / "x")]
+    done = run(*words)
+    assert done.exit_code == 3
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+    assert "--experts per-expert-over-active" in done.stderr
+    assert WRITERS[tool].LABEL in done.stderr
+    advised = shlex.split(done.stderr[done.stderr.index("lora-plan export") :])
+    assert advised[1:5] == words[:4]
+    again = run(*words, *advised[5:], "--json")
+    assert again.exit_code == 0, again.stderr
+    assert f"{json.loads(again.stdout)['result']['trainable']:,} parameters" in done.stderr
+    for form in {"fused-over-active", "fused", "none"} - set(WRITERS[tool].EXPERTS):
+        assert run(*words, "--experts", form).exit_code == 3
+
+
+def test_experts_without_a_gate_have_the_planned_form(tmp_path: Path) -> None:
+    """Nemotron's experts are one matrix up and one down: the paper's rule is peft's pair at the lower rank, exactly."""
+    model = load_model("nemotron-3-nano-30b-a3b")
+    for planned_as, ranks in (("per-expert-over-active", {2}), ("per-expert", set())):
+        chosen = method("lora", 16, experts=planned_as)
+        c = Configuration(model, chosen, gpu("h200-sxm-141gb"), 1, 256, 1, longest=256)
+        job = Job(
+            model, DataFacts.from_tokens(1_000_000, 256), (gpu("h200-sxm-141gb"),), PriceBook.load(), max_length=256
+        )
+        found = json.loads(json.dumps(document("experts")))
+        plan = make_plan(job, c, recommend_batch(job.data.examples))
+        found["result"]["recommended"] = json.loads(render.to_json(render.plan_object(plan)))
+        made = planned(found, tool="peft")
+        assert made.trainable == plan.priced.trainable
+        assert made.recipe.lora is not None
+        assert {rank for _, rank in made.recipe.lora.ranks} == ranks
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "peft"])
+def test_other_adapters_on_the_experts_have_checks_peak(tool: str, tmp_path: Path) -> None:
+    """What export says of memory with another form is what check says of the file."""
+    words = ("--experts", "fused-over-active", "--json")
+    (tmp_path / "plan.json").write_text(json.dumps(document("experts")))
+    said = json.loads(run("export", str(tmp_path / "plan.json"), "--to", tool, "--out", str(tmp_path), *words).stdout)[
+        "result"
+    ]
+    more = ("--micro-batch", str(step_of("experts")["micro_batch"]), "--seq-len", "1024") if tool == "peft" else ()
+    found = json.loads(
+        run("check", str(tmp_path / NAMES[tool]), "--gpu", JOBS["experts"][1], "--offline", "--json", *more).stdout
+    )["result"]
+    assert found["params"]["trainable"] == said["trainable"]
+    if tool == "axolotl":  # adapter_config.json says nothing of recomputing
+        assert found["peak_bytes"] == said["peak_bytes"]
+
+
+def step_of(kind: str) -> dict[str, Any]:
+    return dict(document(kind)["result"]["recommended"]["step"])
+
+
+def test_experts_on_what_has_none(tmp_path: Path) -> None:
+    """--experts for a plan without experts, a DoRA plan, and a form that no longer fits: refused, nothing written."""
+    (tmp_path / "dense.json").write_text(json.dumps(document("lora")))
+    dora = tmp_path / "dora"
+    dora.mkdir()
+    for text, says, code in (
+        (tmp_path / "dense.json", "no experts", 3),
+        (plan_of(dora, TINY["mixtral"], method("dora", 8)), "DoRA", 3),
+        (plan_of(tmp_path, mixtral(), method("lora", 512), "h200-sxm-141gb"), "does not fit", 4),
+    ):
+        done = run("export", str(text), "--to", "peft", "--out", str(tmp_path / "x"), "--experts", "fused")
+        assert (done.exit_code, says in done.stderr) == (code, True), done.stderr
+        assert not (tmp_path / "x").exists()
+
+
+def mixtral() -> dict[str, Any]:
+    from lora_planner.model_source import catalogue
+
+    return dict(next(entry.config for entry in catalogue() if entry.name == "mixtral-8x7b"))
+
+
+def test_vllm_serves_experts_merged_or_not_at_all(tmp_path: Path) -> None:
+    """Adapters of fused experts are refused with the way round; without experts the adapter is served."""
+    (tmp_path / "plan.json").write_text(json.dumps(document("experts")))
+    words = ["export", str(tmp_path / "plan.json"), "--to", "vllm", "--out", str(tmp_path / "x")]
+    for more in ((), ("--experts", "fused-over-active")):
+        done = run(*words, *more)
+        assert done.exit_code == 3
+        assert "Merge" in done.stderr and "--experts none" in done.stderr
+    assert run(*words, "--experts", "none").exit_code == 0
+    assert keys_of(tmp_path / "x/vllm.yaml")["enable-lora"] is True
 
 
 # ---------------------------------------------------------------- what is seen to go wrong in hand-on files
@@ -398,6 +595,36 @@ def test_an_rl_plan_becomes_grpo(tmp_path: Path) -> None:
     assert training.num_generations == 16
 
 
+def test_a_plan_whose_engine_samples_says_so_to_grpo(tmp_path: Path) -> None:
+    """TRL's default lets the trainer generate; the plan's time is that of vLLM beside it, asleep while it trains."""
+    words = [
+        "recommend",
+        "--model",
+        "qwen3-0.6b",
+        "--rl",
+        "--problems",
+        "100",
+        "--sample-tokens",
+        "500",
+        "--gpu",
+        "h100-sxm-80gb",
+    ]
+    library: Any = pytest.importorskip("yaml")
+    plan = json.loads(run(*words, "--json").stdout)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert run("export", str(tmp_path / "plan.json"), "--to", "trl", "--out", str(tmp_path)).exit_code == 0
+    rows = library.safe_load((tmp_path / "grpo.yaml").read_text())
+    sampled, step = plan["result"]["recommended"]["rollout"], plan["result"]["recommended"]["step"]
+    assert (rows["use_vllm"], rows["vllm_mode"], rows["vllm_enable_sleep_mode"]) == (True, "colocate", True)
+    assert rows["vllm_gpu_memory_utilization"] == pytest.approx(sampled["engine_share"], abs=0.005)
+    assert rows["max_completion_length"] == sampled["longest_answer"] == 2000
+    assert read(source.read(tmp_path / "grpo.yaml")).max_length == step["longest"]
+    hf = json.loads(run(*words, "--engine", "hf", "--json").stdout)
+    (tmp_path / "plan.json").write_text(json.dumps(hf))
+    assert run("export", str(tmp_path / "plan.json"), "--to", "trl", "--out", str(tmp_path), "--force").exit_code == 0
+    assert library.safe_load((tmp_path / "grpo.yaml").read_text())["use_vllm"] is False
+
+
 def _mixture() -> Any:
     return pytest.importorskip("trl.scripts.utils").DatasetMixtureConfig
 
@@ -475,11 +702,40 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_json_lists_the_files(tmp_path: Path) -> None:
     """Programs get the files, the command and the warnings in the envelope of all commands."""
     (tmp_path / "plan.json").write_text(json.dumps(document("experts")))
-    done = run("export", str(tmp_path / "plan.json"), "--to", "peft", "--out", str(tmp_path / "x"), "--json")
+    done = run(
+        "export",
+        str(tmp_path / "plan.json"),
+        "--to",
+        "peft",
+        "--out",
+        str(tmp_path / "x"),
+        "--json",
+        "--experts",
+        "fused-over-active",
+    )
     found = json.loads(done.stdout)
     assert found["schema_version"] == 1
     assert [Path(name).name for name in found["result"]["files"]] == ["adapter_config.json"]
-    assert [w["code"] for w in found["warnings"]] == ["W-EXPERTS-FORM"]
+    assert found["warnings"] == []
+    assert found["result"]["plan"] == plan_hash(document("experts")["result"])
+    assert (found["result"]["experts"], found["result"]["trainable"]) == ("fused-over-active", 92_012_544)
+    assert found["result"]["peak_bytes"]["value"] > 0
+
+
+def test_one_hash_names_a_plan(tmp_path: Path) -> None:
+    """Export, its files and the budget's sheet say the digits that the documented one-liner makes of the file."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(document("lora"), indent=3))
+    line = re.search(r"python3 -c '(.*?)' <", plan_hash.__doc__ or "", re.DOTALL)
+    assert line
+    code = " ".join(line[1].split())
+    with plan.open() as file:
+        digits = subprocess.run(
+            [sys.executable, "-c", code], stdin=file, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    done = run("export", str(plan), "--to", "axolotl", "--out", str(tmp_path / "x"), "--json")
+    assert json.loads(done.stdout)["result"]["plan"] == digits == sheet(document("lora"), "plan.json").sha256
+    assert f"plan {digits[:12]}," in (tmp_path / "x/axolotl.yaml").read_text()
 
 
 def test_every_writer_has_a_command() -> None:

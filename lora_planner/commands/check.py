@@ -18,28 +18,30 @@ TOOLS = ["trl", "axolotl", "llamafactory", "unsloth", "peft"]
 
 @click.command()
 @click.argument("config", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("launch", metavar="[ACCELERATE]", required=False, type=click.Path(path_type=Path))
 @options(PRICES, OFFLINE, JSON)
 @click.option("--tool", type=click.Choice(TOOLS), help="What the file is for; default: its keys tell.")
 @click.option("--model", metavar="NAME|PATH", help="Instead of the model that the file names.")
-@click.option("--gpu", metavar="NAME", help="Adds memory, time and cost; see `lora-plan gpus`.")
+@click.option("--gpu", metavar="[Nx]NAME", help="Adds memory, time and cost: 8xh100-sxm-80gb is eight of it.")
 @click.option("--min-pfit", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Exit with 4 below it.")
 @click.option("--data", metavar="FILE", help="JSONL or Parquet: lengths, steps, the cost of the run.")
 @click.option("--tokens", metavar="N", help="Size of the data where there is no file.")
 @click.option("--tokenizer", metavar="PATH", help="tokenizer.json or its directory: exact counts.")
 @click.option("--micro-batch", type=click.IntRange(1), help="Instead of the file's.")
 @click.option("--seq-len", type=click.IntRange(1), help="Longest sample, instead of the file's.")
-def check(config: Path, as_json: bool, **words: Any) -> None:
+def check(config: Path, launch: Path | None, as_json: bool, **words: Any) -> None:
     """Say what a training config trains, whether it fits, what it costs and what is wrong.
 
     CONFIG: TRL, axolotl or LLaMA-Factory YAML, adapter_config.json, Unsloth JSON, a shell script or a Python script
-    (read, never run). Exit code 0: no error; 4: does not fit; 7: another error among the findings.
+    (read, never run). ACCELERATE: the file of `accelerate launch --config_file`. Sharding (DeepSpeed, FSDP) is read from
+    both. Exit code 0: no error; 4: does not fit; 7: another error among the findings.
 
     \b
-    lora-plan check train.yaml --gpu h100-sxm-80gb --data chats.jsonl --min-pfit 0.95
+    lora-plan check train.yaml --gpu 8xh100-sxm-80gb --data chats.jsonl --min-pfit 0.95
     """
     from lora_planner import render
 
-    report = _review(config, words)
+    report = _review(config, launch, words)
     if as_json:
         click.echo(render.to_json(_document(config, report, words)))
     else:
@@ -47,13 +49,12 @@ def check(config: Path, as_json: bool, **words: Any) -> None:
     sys.exit(report.exit_code)
 
 
-def _review(config: Path, words: dict[str, Any]) -> Report:
+def _review(config: Path, launch: Path | None, words: dict[str, Any]) -> Report:
     from dataclasses import replace
 
     from lora_planner.data_file import DataFacts, parse_token_count, read_data
     from lora_planner.errors import BadInput, UsageError
-    from lora_planner.facts import gpu
-    from lora_planner.handoff import read, source
+    from lora_planner.handoff import fleet, read, source
     from lora_planner.handoff.review import model_of, review
     from lora_planner.plan import PriceBook
     from lora_planner.throughput import default_stack
@@ -62,7 +63,12 @@ def _review(config: Path, words: dict[str, Any]) -> Report:
         raise BadInput("there is no such file", str(config), "Give a training config.")
     if config.is_dir() and (config / "adapter_config.json").is_file():
         config = config / "adapter_config.json"  # an adapter's directory, as peft saves it
-    recipe = read(source.read(config), words["tool"] or "")
+    document = source.read(config)
+    if launch is not None:
+        if not launch.exists():
+            raise BadInput("there is no such file", str(launch), "Give the file of accelerate launch --config_file.")
+        document = replace(document, launch={**document.launch, **source.launch(launch)}, folder=document.folder)
+    recipe = read(document, words["tool"] or "")
     if words["micro_batch"]:
         recipe = replace(recipe, micro_batch=words["micro_batch"])
     if words["seq_len"]:
@@ -70,7 +76,7 @@ def _review(config: Path, words: dict[str, Any]) -> Report:
     if words["data"] and words["tokens"]:
         raise UsageError("--data and --tokens are two sizes of one data set", "", "Give one of them.")
     model = model_of(recipe, words["model"], words["offline"])
-    card = gpu(words["gpu"]) if words["gpu"] else None
+    gpus, card = fleet.parse(words["gpu"]) if words["gpu"] else (recipe.sharding.processes or 1, None)
     length = recipe.max_length or None
     data = None
     if words["data"]:
@@ -78,7 +84,7 @@ def _review(config: Path, words: dict[str, Any]) -> Report:
     elif words["tokens"]:
         data = DataFacts.from_tokens(parse_token_count(words["tokens"]), length)
     stack = default_stack(card) if card else "hf-trl"
-    return review(recipe, model, card, PriceBook.load(words["prices"]), data, words["min_pfit"], stack)
+    return review(recipe, model, card, PriceBook.load(words["prices"]), data, words["min_pfit"], stack, gpus)
 
 
 def _document(config: Path, r: Report, words: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +93,9 @@ def _document(config: Path, r: Report, words: dict[str, Any]) -> dict[str, Any]:
 
     recipe = render.plain(r.recipe)
     recipe["given"] = sorted(recipe["given"])
+    s = r.recipe.sharding
+    recipe["sharding"] = {"name": s.name or "none", "weights": s.weights, "gradients": s.gradients, "states": s.states,
+                          "host": sorted(s.host), "processes": s.processes or None}  # fmt: skip
     m = r.manifest
     result: dict[str, Any] = {
         "file": config.name,
@@ -100,6 +109,8 @@ def _document(config: Path, r: Report, words: dict[str, Any]) -> dict[str, Any]:
         "params": {"total": r.model.total, "trainable": r.trainable, "adapter": m.adapter_params, "saved": m.saved_params},
         "learning_rate": render.plain(r.advice) if r.advice else None,
         "batch": r.recipe.batch,
+        "gpus": r.recipe.gpus,
+        "plan": r.recipe.plan or None,
         "steps": r.steps,
         "priced": render.priced_object(r.priced) if r.priced else None,
         "priced_exactly": m.exact,
@@ -124,7 +135,12 @@ def _show(config: Path, r: Report) -> None:
     console = render.terminal()
     line = render.one_line
     rows: list[tuple[str, Any]] = [
-        ("config", render.styled((line(config.name), "bold"), f"  {r.label}")),
+        (
+            "config",
+            render.styled(
+                (line(config.name), "bold"), f"  {r.label}{f', of plan {r.recipe.plan}' if r.recipe.plan else ''}"
+            ),
+        ),
         (
             "model",
             render.styled((line(r.model.name), "bold"), f"  {r.model.total:,} parameters ", render.basis_note("exact")),
@@ -132,11 +148,14 @@ def _show(config: Path, r: Report) -> None:
     ]
     rows += [("trains" if i == 0 else "", text) for i, text in enumerate(_trained(r))]
     rows.append(("run", render.styled(_run(r))))
+    if r.recipe.gpus > 1 or r.recipe.sharding.name:
+        rows.append(("gpus", render.styled(_gpus(r))))
     if r.priced and r.peak and r.p_fit is not None and r.priced.run_s and r.priced.configuration.gpu:
         card = r.priced.configuration.gpu
         word = ("yes", "bold green") if r.p_fit >= r.min_p_fit else ("no", "bold red")
         rows.append(("fits", render.styled(word, f", P {r.p_fit:.2f}: peak {render.interval(r.peak, units.gib)} of "
-                                          f"{units.gib(card.memory_bytes)}, {card.name} ", render.basis_note(r.peak.basis))))  # fmt: skip
+                                          f"{units.gib(card.memory_bytes)}{' on each' if r.recipe.gpus > 1 else ''}, {card.name} ",
+                                          render.basis_note(r.peak.basis))))  # fmt: skip
         of = "run" if r.priced.run_tokens else "step"
         rows.append(
             (
@@ -200,6 +219,16 @@ def _trained(r: Report) -> list[Any]:
     return found
 
 
+def _gpus(r: Report) -> str:
+    """How many, and what they share out."""
+    s = r.recipe.sharding
+    shared = [
+        word for word, on in (("weights", s.weights), ("gradients", s.gradients), ("optimizer states", s.states)) if on
+    ]
+    what = f"{s.name}: each has its share of {', '.join(shared)}" if shared else s.name or "a whole copy on each"
+    return f"{r.recipe.gpus or 1}, {what}"
+
+
 def _run(r: Report) -> str:
     from lora_planner import units
 
@@ -213,7 +242,8 @@ def _run(r: Report) -> str:
         )
         parts.append(f"LR {units.rate(recipe.learning_rate)}{advised}, {recipe.scheduler}")
     if recipe.batch:
-        parts.append(f"batch {recipe.batch} = {recipe.micro_batch} x {recipe.accumulation} on one GPU")
+        on = "one GPU" if recipe.gpus == 1 else f"{recipe.gpus} GPUs"
+        parts.append(f"batch {recipe.batch} = {recipe.micro_batch} x {recipe.accumulation} on {on}")
     if recipe.max_length:
         parts.append(f"{recipe.max_length} tokens{', packed' if recipe.packing else ''}")
     if r.steps:

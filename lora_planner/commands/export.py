@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TRAINERS = ("trl", "axolotl", "llamafactory", "unsloth")
 TOOLS = [*TRAINERS, "peft", "vllm"]
+FORMS = ["fused-over-active", "fused", "none"]
 
 
 @click.command()
@@ -24,12 +25,16 @@ TOOLS = [*TRAINERS, "peft", "vllm"]
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Where to write; default: export/TOOL.")
 @click.option("--model", metavar="PATH|ID", help="The planned model, where the plan knows its name only.")
 @click.option("--data", metavar="FILE", help="The data as the tool is to find them; default: the planned file's name.")
+@click.option(
+    "--experts", type=click.Choice(FORMS), help="Adapters of the experts where the tool has not the planned ones."
+)
 @click.option("--force", is_flag=True, help="Replace files that are there and differ.")
 def export(plan: str, tool: str, out: Path | None, as_json: bool, force: bool, **words: Any) -> None:
     """Write a plan as the config of a training or serving tool.
 
-    PLAN: the JSON of `lora-plan recommend --json`, or - for stdin. What is written reaches exactly the matrices that
-    were planned, and `lora-plan check` reads it back.
+    PLAN: the JSON of `lora-plan recommend --json`, or - for stdin. What is written trains exactly what was planned, and
+    `lora-plan check` reads it back. Tools adapt the experts of a mixture in fewer forms than the planner: fused is
+    peft's pair on each fused tensor, at the plan's rank or (fused-over-active) at that over the active experts.
 
     \b
     lora-plan recommend --model qwen3-8b --data chats.jsonl --gpu h100-sxm-80gb --json > plan.json
@@ -40,26 +45,30 @@ def export(plan: str, tool: str, out: Path | None, as_json: bool, force: bool, *
     from lora_planner import render
     from lora_planner.handoff import WRITERS
     from lora_planner.handoff.plan_file import planned, read_plan
+    from lora_planner.units import gib
 
     document = read_plan(plan)
-    found = planned(document, words["model"], words["offline"])
+    found = planned(document, words["model"], words["offline"], tool, words["experts"] or "", plan)
     recipe = replace(found.recipe, dataset=words["data"]) if words["data"] else found.recipe
     files = WRITERS[tool].write(recipe, _header(found, tool))
     folder = out or Path("export") / tool
     _write(folder, files, force)
     command = WRITERS[tool].commands(recipe)
-    warnings = list(found.warnings)
     if as_json:
         result = {"tool": tool, "files": [str(folder / file.name) for file in files], "command": command,
-                  "trainable": found.trainable, "plan": found.sha256}  # fmt: skip
+                  "trainable": found.trainable, "plan": found.sha256, "experts": found.experts or "planned",
+                  "peak_bytes": render.plain(found.peak)}  # fmt: skip
         click.echo(
-            render.to_json(render.envelope(result, {"plan": document.get("inputs_sha256"), "tool": tool}, warnings))
+            render.to_json(render.envelope(result, {"plan": found.sha256, "tool": tool, "experts": found.experts}))
         )
         return
     for file in files:
         click.echo(render.one_line(str(folder / file.name)))
-    for code, msg, fix in warnings:
-        click.echo(render.one_line(f"{code} {msg}. {fix}"), err=True)
+    if found.peak:
+        was = document["result"]["recommended"]["params"]["trainable"]
+        click.echo(
+            f"experts: {found.experts}, {found.trainable:,} parameters instead of {was:,}; peak {render.interval(found.peak, gib)}"
+        )
     if not recipe.dataset and tool in TRAINERS:
         rewards = ", and add reward_funcs" if recipe.objective == "rl" else ""
         click.echo(f"data: the plan was made without a file; name yours with --data, or add it to the config{rewards}")
@@ -76,8 +85,8 @@ def _header(found: Planned, tool: str) -> tuple[str, ...]:
 
     low, high = found.lr_band
     return (
-        f"lora-plan {__version__}, plan {found.sha256}, for {WRITERS[tool].LABEL}",
-        f"trains {found.trainable:,} parameters; learning rate within [{rate(low)}, {rate(high)}]",
+        f"lora-plan {__version__}, plan {found.sha256[:12]}, for {WRITERS[tool].LABEL}",
+        f"trains {found.trainable:,} parameters{f' ({found.experts} experts)' if found.experts else ''}; learning rate within [{rate(low)}, {rate(high)}]",
     )
 
 

@@ -1,11 +1,13 @@
 """Training configs of other tools: read for `check`, written for `export`.
 
-A tool is a file here with FIELDS (our words in its keys), SIGNS (keys that only it has), `read(document)` and
-`write(recipe, header)`. Its documented keys lie in keys/NAME.txt.
+A tool is a file here with FIELDS (our words in its keys), SIGNS (keys that only it has), EXPERTS (the forms of experts'
+adapters that it can be told), `read(document)` and `write(recipe, header)`. Its documented keys lie in keys/NAME.txt.
+How GPUs share a model is in sharding.py, several GPUs' time and cost in fleet.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 from lora_planner.errors import BadInput, UsageError
@@ -43,4 +45,4 @@ def read(document: Document, tool: str = "") -> Recipe:
     if document.origin == "script" and name not in ("trl", "unsloth"):
         raise BadInput("a Python script is read for TRL and Unsloth only", document.where, "Give the YAML file.")
     recipe: Recipe = READERS[name].read(document)
-    return recipe
+    return replace(recipe, plan=document.plan)

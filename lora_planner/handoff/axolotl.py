@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_planner.checked import Node
 from lora_planner.errors import BadInput
 from lora_planner.handoff import hf
-from lora_planner.handoff.recipe import LEAF_NAMES, PEFT_ALL, RL, SFT, File, Lora, Recipe
+from lora_planner.handoff.recipe import FUSED, LEAF_NAMES, NONE, OVER_ACTIVE, PEFT_ALL, RL, SFT, File, Lora, Recipe
+from lora_planner.handoff.sharding import of_axolotl
 from lora_planner.handoff.source import Document
-from lora_planner.handoff.words import Words, known_keys, yaml
+from lora_planner.handoff.words import alphas, known_keys, ranks, yaml
 
 LABEL = "axolotl 0.19"
+#: what it can be told of experts: lora_target_parameters, and a rank of their own in lora_rank_pattern
+EXPERTS = (OVER_ACTIVE, FUSED, NONE)
 FIELDS = {
     "model": "base_model", "adapter": "adapter", "rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "lora_target_modules", "parameters": "lora_target_parameters", "saved": "lora_modules_to_save",
@@ -27,89 +31,94 @@ CHUNKED = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cro
 
 
 def read(document: Document) -> Recipe:
-    w = Words(document.values, document.where)
-    adapter = w.text("adapter")
+    w = document.root
+    adapter = w["adapter"].text("")
     if adapter not in ("", "lora", "qlora"):
-        raise BadInput(f"adapter {adapter!r} is not planned", w.place("adapter"), "Use lora, qlora, or leave it out.")
+        raise BadInput(f"adapter {adapter!r} is not planned", w["adapter"].place, "Use lora, qlora, or leave it out.")
     lora = _lora(w) if adapter else None
-    rl = w.text("rl")
+    rl = w["rl"].text("")
     objective = SFT if not rl else RL if rl in ("grpo", "gdpo", "ebft") else rl
-    four = w.flag("load_in_4bit") or adapter == "qlora"
+    four = w["load_in_4bit"].flag() or adapter == "qlora"
     sixteen = _is_16_bit(w)
-    optim, notes = hf.optimizer(w.text("optimizer", "adamw_torch_fused"))
-    trl = w.below("trl")
-    if w.has("deepspeed") or w.has("fsdp") or w.has("fsdp_config"):
-        notes = (*notes, "sharding over GPUs is not counted: memory is that of one GPU with a whole copy")
-    if not w.has("learning_rate"):
-        raise BadInput("learning_rate is missing", w.place("learning_rate"), "axolotl has no default for it.")
-    recompute = w.document.get("gradient_checkpointing")
+    optim, notes = hf.optimizer(w["optimizer"].text("adamw_torch_fused"))
+    trl = w["trl"].table()
+    sharding = of_axolotl(w, document.folder, document.launch)
+    masters = sharding.engine == "deepspeed" or (sharding.engine == "fsdp" and w.value.get("bf16") != "full")
+    if not w["learning_rate"].there:
+        raise BadInput("learning_rate is missing", w["learning_rate"].place, "axolotl has no default for it.")
+    recompute = w.value.get("gradient_checkpointing")
     return Recipe(
         "axolotl",
-        w.text("base_model"),
+        w["base_model"].text(""),
         objective,
         lora,
-        "nf4" if four else "int8" if w.flag("load_in_8bit") else "bfloat16" if sixteen else "float32",
-        sixteen and lora is None,
-        w.flag("quantize_moe_experts"),
-        w.number("learning_rate", 0.0, 0.0, 1e9),
-        w.text("lr_scheduler", "cosine"),
-        w.integer("micro_batch_size", 1, 1, 10**6),
-        w.integer("gradient_accumulation_steps", 1, 1, 10**6),
-        w.number("num_epochs", 1.0, 1e-6, 1e6),
-        max(0, w.integer("max_steps", -1, -1)),
-        w.integer("sequence_len", 512),
-        w.flag("sample_packing"),
+        "nf4" if four else "int8" if w["load_in_8bit"].flag() else "bfloat16" if sixteen else "float32",
+        sixteen and lora is None and not masters,
+        w["quantize_moe_experts"].flag(),
+        w["learning_rate"].number(0.0, 1e9, default=0.0),
+        w["lr_scheduler"].text("cosine"),
+        w["micro_batch_size"].integer(1, 10**6, default=1),
+        w["gradient_accumulation_steps"].integer(1, 10**6, default=1),
+        w["num_epochs"].number(1e-6, 1e6, default=1.0),
+        max(0, w["max_steps"].integer(-1, default=-1)),
+        w["sequence_len"].integer(default=512),
+        w["sample_packing"].flag(),
         _attention(w) == "flash",
-        recompute in ("offload", "offload_disk", "unsloth") or w.flag("gradient_checkpointing"),
-        w.flag_in("gradient_checkpointing_kwargs", "use_reentrant"),
+        recompute in ("offload", "offload_disk", "unsloth")
+        or w["gradient_checkpointing"].flag()
+        or sharding.recomputes,
+        w["gradient_checkpointing_kwargs"].table()["use_reentrant"].flag(),
         optimizer=optim,
         attention=_attention(w),
-        loss="chunked" if any(w.flag(key) for key in CHUNKED) else "full",
-        group=trl.integer("num_generations", 8) if objective == RL else 0,
-        remote_code=w.flag("trust_remote_code"),
+        loss="chunked" if any(w[key].flag() for key in CHUNKED) else "full",
+        group=trl["num_generations"].integer(default=8) if objective == RL else 0,
+        remote_code=w["trust_remote_code"].flag(),
         given=frozenset(document.values),
         unknown=tuple(sorted(set(document.values) - known_keys("axolotl"))),
-        notes=(*document.notes, *notes),
+        notes=(*document.notes, *notes, *sharding.notes),
+        sharding=sharding,
     )
 
 
-def _is_16_bit(w: Words) -> bool:
-    return w.document.get("bf16", "auto") in ("auto", "full") or w.flag("bf16") or w.flag("fp16") or w.flag("bfloat16")
+def _is_16_bit(w: Node) -> bool:
+    return (
+        w.value.get("bf16", "auto") in ("auto", "full") or w["bf16"].flag() or w["fp16"].flag() or w["bfloat16"].flag()
+    )
 
 
-def _attention(w: Words) -> str:
-    if w.flag("flash_attention"):
+def _attention(w: Node) -> str:
+    if w["flash_attention"].flag():
         return "flash"
-    return "eager" if w.flag("eager_attention") else hf.attention(w.text("attn_implementation"))
+    return "eager" if w["eager_attention"].flag() else hf.attention(w["attn_implementation"].text(""))
 
 
-def _lora(w: Words) -> Lora:
-    if not w.has("lora_r"):
-        raise BadInput("lora_r is missing", w.place("lora_r"), "axolotl has no default for it.")
-    if not w.has("lora_alpha"):
-        raise BadInput("lora_alpha is missing", w.place("lora_alpha"), "axolotl has no default for it.")
-    targets = w.names("lora_target_modules")
-    raw = w.document.get("lora_target_modules")
-    everything = LEAF_NAMES if w.flag("lora_target_linear") else ""
+def _lora(w: Node) -> Lora:
+    if not w["lora_r"].there:
+        raise BadInput("lora_r is missing", w["lora_r"].place, "axolotl has no default for it.")
+    if not w["lora_alpha"].there:
+        raise BadInput("lora_alpha is missing", w["lora_alpha"].place, "axolotl has no default for it.")
+    targets = w["lora_target_modules"].names()
+    raw = w.value.get("lora_target_modules")
+    everything = LEAF_NAMES if w["lora_target_linear"].flag() else ""
     if targets in (("all-linear",), ("all_linear",)):
         everything, targets = everything or PEFT_ALL, ()
     is_pattern = isinstance(raw, str) and not everything and bool(targets)
-    autocast = w.document.get("peft_autocast_adapter_dtype")
+    autocast = w.value.get("peft_autocast_adapter_dtype")
     return Lora(
-        w.integer("lora_r", 0, 1, 10**6),
-        w.number("lora_alpha", 0.0, 1e-9, 1e6),
-        w.flag("peft_use_rslora"),
-        w.flag("peft_use_dora"),
-        w.number("lora_dropout", 0.0, 0.0, 1.0),
+        w["lora_r"].integer(1, 10**6, default=0),
+        w["lora_alpha"].number(1e-9, 1e6, default=0.0),
+        w["peft_use_rslora"].flag(),
+        w["peft_use_dora"].flag(),
+        w["lora_dropout"].number(0.0, 1.0, default=0.0),
         () if is_pattern else targets,
         targets[0] if is_pattern else "",
         everything,
-        w.names("lora_target_parameters"),
-        w.names("lora_modules_to_save"),
-        layers=w.integers("peft_layers_to_transform"),
-        layers_pattern=w.names("peft_layers_pattern"),
-        ranks=w.ranks("lora_rank_pattern"),
-        alphas=w.alphas("lora_alpha_pattern"),
+        w["lora_target_parameters"].names(),
+        w["lora_modules_to_save"].names(),
+        layers=w["peft_layers_to_transform"].integers(),
+        layers_pattern=w["peft_layers_pattern"].names(),
+        ranks=ranks(w["lora_rank_pattern"]),
+        alphas=alphas(w["lora_alpha_pattern"]),
         dtype="bfloat16" if autocast is False else "float32",
     )
 

@@ -79,6 +79,8 @@ class Seen:
     min_p_fit: float = MIN_P_FIT
     smallest: str = ""
     smallest_words: tuple[tuple[str, str], ...] = ()
+    unsplit: tuple[float, float] | None = None  # P(fit) and seconds a step with whole weights on each GPU
+    step_s: float = 0.0
 
     def key(self, name: str) -> str:
         return self.words.get(name, name)
@@ -287,15 +289,69 @@ def batch(s: Seen) -> Found:
     size = s.recipe.batch
     if s.recipe.lora is None or size is None or s.recipe.objective != SFT or s.recipe.packing:
         return
-    extra = batches.extra_samples(size, s.recipe.max_length or batches.LAW_SEQ_LEN)
+    r = s.recipe
+    mean = r.max_length or batches.LAW_SEQ_LEN
+    extra = batches.extra_samples(size, mean)
     if extra.value > DEAR_BATCH:
-        per = max(1, batches.DEFAULT_BATCH // (s.recipe.micro_batch or 1))
-        fix, change = s.set("accumulation", str(per))
-        yield Finding("W-BATCH-LARGE", f"batch {size} needs {extra.value:.2g} [{extra.low:.2g}, {extra.high:.2g}] times the samples of batch "
-                      f"{batches.DEFAULT_BATCH} for the same loss; LoRA pays this more than full fine-tuning does", fix, change)  # fmt: skip
+        on = f" = {r.micro_batch} x {r.accumulation} on {r.gpus} GPUs" if r.gpus > 1 else ""
+        text = (f"batch {size}{on} needs {extra.value:.2g} [{extra.low:.2g}, {extra.high:.2g}] times the samples of batch "
+                f"{batches.DEFAULT_BATCH} for the same loss; LoRA pays this more than full fine-tuning does")  # fmt: skip
+        yield Finding("W-BATCH-LARGE", text, *_smaller_batch(s, mean))
     if s.steps is not None and s.steps < batches.MIN_STEPS:
         yield Finding("W-FEW-STEPS", f"{s.steps:.0f} steps: below {batches.MIN_STEPS} the adapter, which starts at zero, is still growing",
                       "a smaller batch or more epochs")  # fmt: skip
+
+
+def _smaller_batch(s: Seen, mean: int) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The default batch from these GPUs: fewer passes, then smaller ones, then fewer GPUs."""
+    r = s.recipe
+    micro = min(r.micro_batch or 1, max(1, batches.DEFAULT_BATCH // r.gpus))
+    passes = max(1, batches.DEFAULT_BATCH // (micro * r.gpus))
+    if batches.extra_samples(micro * passes * r.gpus, mean).value > DEAR_BATCH:
+        return (
+            f"fewer GPUs: {batches.DEFAULT_BATCH} of them make a batch of {batches.DEFAULT_BATCH} with one sequence each",
+            (),
+        )
+    fix, change = s.set("accumulation", str(passes))
+    if micro != r.micro_batch:
+        first, narrower = s.set("micro_batch", str(micro))
+        return f"{first}, {fix}", (*narrower, *change)
+    return fix, change
+
+
+def sharding(s: Seen) -> Found:
+    """How the model is shared out over GPUs, and whether the launch is the one that was asked about."""
+    r = s.recipe
+    p = r.sharding
+    if p.processes and s.gpu_name and p.processes != r.gpus:
+        yield Finding("W-GPUS", f"the launch starts {p.processes} processes; {'one GPU is' if r.gpus == 1 else f'{r.gpus} GPUs are'} named",
+                      f"--gpu {p.processes}x{s.gpu_name}")  # fmt: skip
+    if p.batch and (s.gpu_name or p.processes) and r.batch and p.batch != r.batch:
+        least = (r.micro_batch or 1) * r.gpus
+        what = f"{r.micro_batch} x {r.accumulation} on {r.gpus} GPU{'s' if r.gpus > 1 else ''} are {r.batch}"
+        fix = (
+            f"at most {max(1, p.batch // (r.micro_batch or 1))} GPUs, or train_batch_size: auto"
+            if p.batch < least
+            else "train_batch_size: auto"
+        )
+        yield Finding(
+            "E-WORLD-BATCH", f"DeepSpeed is told a train_batch_size of {p.batch}, but {what}: it refuses to start", fix
+        )
+    if p.weights and r.gpus > 1 and r.weights == "nf4" and not p.floats:
+        yield Finding("W-4BIT-WHOLE", f"{p.name}: 4-bit weights are stored as integers, which are not split: every GPU holds them all",
+                      "bnb_4bit_quant_storage: bfloat16", (("bnb_4bit_quant_storage", "bfloat16"),))  # fmt: skip
+    if (
+        s.unsplit
+        and s.p_fit is not None
+        and s.p_fit >= s.min_p_fit
+        and s.unsplit[0] >= s.min_p_fit
+        and s.step_s > 1.05 * s.unsplit[1] > 0
+    ):
+        yield Finding("N-SHARD-WIDE", f"{p.name} gathers the weights in every pass; whole on each GPU they fit too (P {s.unsplit[0]:.2f}), "
+                      f"and a step takes {s.unsplit[1] / s.step_s:.2g} of the time", "ZeRO-2 or DDP")  # fmt: skip
+    if r.lora is None and p.engine == "fsdp" and p.version == 2:
+        yield Finding("N-FSDP2-MASTER", "FSDP2 updates fp32 copies of 16-bit weights, but accelerate 1.13 did not, and converged 28 times slower",
+                      "another accelerate than 1.13")  # fmt: skip
 
 
 def group(s: Seen) -> Found:
@@ -318,7 +374,8 @@ def group(s: Seen) -> Found:
         fix, change = s.set("accumulation", str(r.group))
         yield Finding(
             "E-GROUP-BATCH",
-            f"{r.batch} sequences a step on one GPU are no multiple of the group of {r.group}: TRL refuses it",
+            f"{r.batch} sequences a step on {'one GPU' if r.gpus == 1 else f'{r.gpus} GPUs'} are no multiple of the group of {r.group}: "
+            "TRL refuses it",
             fix,
             change,
         )
@@ -419,7 +476,7 @@ def fit(s: Seen) -> Found:
 
 
 CHECKS: tuple[Callable[[Seen], Found], ...] = (
-    fit, rates, scale, targets, mixture, whole_modules, head, attention_only, rank, batch, group, precision,
+    fit, sharding, rates, scale, targets, mixture, whole_modules, head, attention_only, rank, batch, group, precision,
     recomputing, packing, length, keys, trust,
 )  # fmt: skip
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_planner.handoff.words import Words
+from lora_planner.checked import Node
+from lora_planner.handoff.sharding import of_trainer
+from lora_planner.handoff.source import Document
 
 #: our fields by the Trainer's key; a tool adds its own
 FIELDS = {
@@ -46,23 +48,27 @@ def attention(name: str) -> str:
     return "flash" if "flash" in name else "eager" if name == "eager" else "sdpa"
 
 
-def trainer(w: Words, learning_rate: float, micro_batch: int = 8, checkpointing: bool = False) -> dict[str, Any]:
-    """Fields of a Recipe from TrainingArguments' keys; the arguments are the tool's defaults."""
-    renamed = "activation_checkpointing" in w.document or "activation_checkpointing_kwargs" in w.document
+def trainer(
+    w: Node, learning_rate: float, document: Document, micro_batch: int = 8, checkpointing: bool = False
+) -> dict[str, Any]:
+    """Fields of a Recipe from TrainingArguments' keys; the numbers are the tool's defaults."""
+    sharding = of_trainer(w, document.folder, document.launch)
+    renamed = "activation_checkpointing" in w.value or "activation_checkpointing_kwargs" in w.value
     recompute = (
         "activation_checkpointing" if renamed else "gradient_checkpointing"
     )  # its name from transformers 5.24 on
-    optim, notes = optimizer(w.text("optim", "adamw_torch_fused"))
-    steps = w.integer("max_steps", -1, -1)
+    optim, notes = optimizer(w["optim"].text("adamw_torch_fused"))
+    steps = w["max_steps"].integer(-1, default=-1)
     return {
-        "learning_rate": w.number("learning_rate", learning_rate, 0.0, 1e9),
-        "scheduler": w.text("lr_scheduler_type", "linear"),
-        "micro_batch": w.integer("per_device_train_batch_size", micro_batch, 1, 10**6),
-        "accumulation": w.integer("gradient_accumulation_steps", 1, 1, 10**6),
-        "epochs": w.number("num_train_epochs", 3.0, 1e-6, 1e6),
+        "learning_rate": w["learning_rate"].number(0.0, 1e9, default=learning_rate),
+        "scheduler": w["lr_scheduler_type"].text("linear"),
+        "micro_batch": w["per_device_train_batch_size"].integer(1, 10**6, default=micro_batch),
+        "accumulation": w["gradient_accumulation_steps"].integer(1, 10**6, default=1),
+        "epochs": w["num_train_epochs"].number(1e-6, 1e6, default=3.0),
         "max_steps": max(0, steps),
-        "checkpointing": w.flag(recompute, checkpointing),
-        "reentrant": w.flag_in(f"{recompute}_kwargs", "use_reentrant"),
+        "checkpointing": w[recompute].flag(checkpointing) or sharding.recomputes,
+        "reentrant": w[f"{recompute}_kwargs"].table()["use_reentrant"].flag(),
         "optimizer": optim,
-        "notes": notes,
+        "notes": (*notes, *sharding.notes),
+        "sharding": sharding,
     }

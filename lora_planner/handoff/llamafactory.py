@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_planner.checked import Node
 from lora_planner.errors import BadInput
 from lora_planner.handoff import hf
-from lora_planner.handoff.recipe import LEAF_NAMES, RL, SFT, File, Lora, Recipe
+from lora_planner.handoff.recipe import LEAF_NAMES, NONE, RL, SFT, File, Lora, Recipe
 from lora_planner.handoff.source import Document
 from lora_planner.handoff.trl import trainer_rows, whole
-from lora_planner.handoff.words import Words, known_keys, yaml
+from lora_planner.handoff.words import known_keys, yaml
 
 LABEL = "LLaMA-Factory 0.9"
+#: what it can be told of experts: no key names bare parameters
+EXPERTS = (NONE,)
 FIELDS = hf.FIELDS | {
     "model": "model_name_or_path", "adapter": "finetuning_type", "rank": "lora_rank", "alpha": "lora_alpha",
     "dropout": "lora_dropout", "targets": "lora_target", "saved": "additional_target", "rslora": "use_rslora",
@@ -25,58 +28,56 @@ SIGNS = frozenset({"finetuning_type", "stage", "cutoff_len", "lora_rank", "lora_
 
 
 def read(document: Document) -> Recipe:
-    w = Words(document.values, document.where)
-    kind = w.text("finetuning_type", "lora")
+    w = document.root
+    kind = w["finetuning_type"].text("lora")
     if kind not in ("lora", "full"):
-        raise BadInput(f"finetuning_type {kind!r} is not planned", w.place("finetuning_type"), "Use lora or full.")
+        raise BadInput(f"finetuning_type {kind!r} is not planned", w["finetuning_type"].place, "Use lora or full.")
     lora = _lora(w) if kind == "lora" else None
-    fields = hf.trainer(w, 5e-5)
+    fields = hf.trainer(w, 5e-5, document)
     # LLaMA-Factory recomputes unless it is told not to, and its checkpointing marks the inputs itself
-    fields["checkpointing"] = not w.flag("disable_gradient_checkpointing")
-    fields["reentrant"] = w.flag("use_reentrant_gc", True)
-    stage = w.text("stage", "sft")
+    fields["checkpointing"] = not w["disable_gradient_checkpointing"].flag()
+    fields["reentrant"] = w["use_reentrant_gc"].flag(True)
+    stage = w["stage"].text("sft")
     notes = [*document.notes, *fields.pop("notes")]
-    if w.has("deepspeed") or w.has("fsdp"):
-        notes.append("sharding over GPUs is not counted: memory is that of one GPU with a whole copy")
-    bits = w.integer("quantization_bit", 0, 0, 16)
-    flash = w.text("flash_attn", "auto")
-    neat = w.flag("neat_packing")
+    bits = w["quantization_bit"].integer(0, 16, default=0)
+    flash = w["flash_attn"].text("auto")
+    neat = w["neat_packing"].flag()
     return Recipe(
         "llamafactory",
-        w.text("model_name_or_path"),
+        w["model_name_or_path"].text(""),
         SFT if stage in ("sft", "pt") else RL if stage == "ppo" else stage,
         lora,
-        {4: "nf4", 8: "int8"}.get(bits, "bfloat16" if lora or w.flag("pure_bf16") else "float32"),
-        lora is None and w.flag("pure_bf16"),
+        {4: "nf4", 8: "int8"}.get(bits, "bfloat16" if lora or w["pure_bf16"].flag() else "float32"),
+        lora is None and w["pure_bf16"].flag(),
         **fields,
-        max_length=w.integer("cutoff_len", 2048),
-        packing=w.flag("packing", stage == "pt") or neat,
+        max_length=w["cutoff_len"].integer(default=2048),
+        packing=w["packing"].flag(stage == "pt") or neat,
         packed_attention=neat,
         attention="flash" if flash.startswith("fa") else "eager" if flash == "disabled" else "sdpa",
-        loss="chunked" if w.flag("enable_liger_kernel") else "full",
-        remote_code=w.flag("trust_remote_code"),
+        loss="chunked" if w["enable_liger_kernel"].flag() else "full",
+        remote_code=w["trust_remote_code"].flag(),
         given=frozenset(document.values),
         unknown=tuple(sorted(set(document.values) - known_keys("llamafactory", "hf"))),
         notes=tuple(notes),
     )
 
 
-def _lora(w: Words) -> Lora:
-    rank = w.integer("lora_rank", 8, 1, 10**6)
-    targets = w.names("lora_target", commas=True) or ("all",)
+def _lora(w: Node) -> Lora:
+    rank = w["lora_rank"].integer(1, 10**6, default=8)
+    targets = w["lora_target"].names(commas=True) or ("all",)
     everything = LEAF_NAMES if targets == ("all",) else ""
     return Lora(
         rank,
-        w.number("lora_alpha", 2.0 * rank, 1e-9, 1e6),
-        w.flag("use_rslora"),
-        w.flag("use_dora"),
-        w.number("lora_dropout", 0.0, 0.0, 1.0),
+        w["lora_alpha"].number(1e-9, 1e6, default=2.0 * rank),
+        w["use_rslora"].flag(),
+        w["use_dora"].flag(),
+        w["lora_dropout"].number(0.0, 1.0, default=0.0),
         () if everything else targets,
         "",
         everything,
-        saved=w.names("additional_target", commas=True),
-        dtype="bfloat16" if w.flag("pure_bf16") else "float32",
-        text_only=w.flag("freeze_vision_tower", True),
+        saved=w["additional_target"].names(commas=True),
+        dtype="bfloat16" if w["pure_bf16"].flag() else "float32",
+        text_only=w["freeze_vision_tower"].flag(True),
     )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lora_planner.errors import BadInput, UnsupportedAdapter, nearest
 from lora_planner.handoff.recipe import LEAF_NAMES, PEFT_ALL, Lora, Recipe
-from lora_planner.memory import OPTIMIZERS
+from lora_planner.memory import ALONE, OPTIMIZERS, Split
 from lora_planner.method import BY_NAME, DEFAULT_EXPERTS, Method, method
 from lora_planner.method.adapter import Adapter
 from lora_planner.method.targets import REWRITTEN, adapter_table, experts
@@ -319,13 +319,14 @@ def _signature(pairs: Iterable[tuple[str, int]]) -> Counter[str]:
     return found
 
 
-def extra_bytes(model: Model, manifest: Manifest, recipe: Recipe) -> float:
+def extra_bytes(model: Model, manifest: Manifest, recipe: Recipe, split: Split = ALONE) -> float:
     """Bytes of what is trained beyond the priced method: modules in full, and adapters that it has too few (or too many).
 
-        saved * (width + width + states) + rest * (width_a + width_a + states_a)        [B]
+        saved * t(width) + rest * t(width_a),   t(w) = w / split.weights + (w + states) / split.states        [B]
         states = OPTIMIZERS[...].per_dtype_byte * width + fixed
 
-    Copy or adapter, gradient and AdamW's states; `width` is the base's, `width_a` the adapter's.
+    Copy or adapter, gradient and AdamW's states; `width` is the base's, `width_a` the adapter's. Gradients that wait
+    for the end of the step are whole.
     Source: peft's ModulesToSaveWrapper keeps the original too; torch's AdamW has its states in the weight's dtype.
     """
     lora = recipe.lora
@@ -334,7 +335,8 @@ def extra_bytes(model: Model, manifest: Manifest, recipe: Recipe) -> float:
 
     def trained(width: float) -> float:
         states = OPTIMIZERS[recipe.optimizer]
-        return 2.0 * width + states.per_dtype_byte * width + states.fixed
+        gradients = width / (1 if split.unsynced else split.states)
+        return width / split.weights + gradients + (states.per_dtype_byte * width + states.fixed) / split.states
 
     rest = manifest.adapter_params - trainable_params(model, manifest.method)
     base = BYTES["float32" if recipe.weights == "float32" else "bfloat16"]

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_planner.checked import Node
 from lora_planner.errors import BadInput
-from lora_planner.handoff.recipe import PEFT_ALL, File, Lora, Recipe
+from lora_planner.handoff.recipe import FUSED, NONE, OVER_ACTIVE, PEFT_ALL, File, Lora, Recipe
 from lora_planner.handoff.source import Document
 from lora_planner.handoff.trl import whole
-from lora_planner.handoff.words import Words, known_keys
+from lora_planner.handoff.words import alphas, known_keys, ranks
 
 LABEL = "peft 0.21"
+#: what it can be told of experts: target_parameters, and a rank of their own in rank_pattern
+EXPERTS = (OVER_ACTIVE, FUSED, NONE)
 FIELDS = {
     "model": "base_model_name_or_path", "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "parameters": "target_parameters", "saved": "modules_to_save",
@@ -24,17 +27,17 @@ SIGNS = frozenset({"peft_type", "base_model_name_or_path", "rank_pattern", "fan_
 
 
 def read(document: Document) -> Recipe:
-    w = Words(document.values, document.where)
-    kind = w.text("peft_type", "LORA")
+    w = document.root
+    kind = w["peft_type"].text("LORA")
     if kind != "LORA":
-        raise BadInput(f"peft_type {kind!r} is not planned", w.place("peft_type"), "Give a LoRA adapter.")
-    if w.table("trainable_token_indices") if isinstance(w.document.get("trainable_token_indices"), dict) else None:
+        raise BadInput(f"peft_type {kind!r} is not planned", w["peft_type"].place, "Give a LoRA adapter.")
+    if w["trainable_token_indices"].table().value if isinstance(w.value.get("trainable_token_indices"), dict) else None:
         notes: tuple[str, ...] = ("trainable_token_indices are not counted",)
     else:
         notes = ()
     return Recipe(
         "peft",
-        w.text("base_model_name_or_path"),
+        w["base_model_name_or_path"].text(""),
         lora=lora(w),
         learning_rate=None,
         micro_batch=None,
@@ -45,28 +48,28 @@ def read(document: Document) -> Recipe:
     )
 
 
-def lora(w: Words) -> Lora:
+def lora(w: Node) -> Lora:
     """peft's own semantics: a text in target_modules is a pattern for the whole path, a list holds endings of it."""
-    raw = w.document.get("target_modules")
+    raw = w.value.get("target_modules")
     everything = PEFT_ALL if isinstance(raw, str) and raw.lower() == "all-linear" else ""
-    excluded = w.document.get("exclude_modules")
+    excluded = w.value.get("exclude_modules")
     return Lora(
-        w.integer("r", 8, 1, 10**6),
-        w.number("lora_alpha", 8.0, 1e-9, 1e6),
-        w.flag("use_rslora"),
-        w.flag("use_dora"),
-        w.number("lora_dropout", 0.0, 0.0, 1.0),
-        () if isinstance(raw, str) else w.names("target_modules"),
+        w["r"].integer(1, 10**6, default=8),
+        w["lora_alpha"].number(1e-9, 1e6, default=8.0),
+        w["use_rslora"].flag(),
+        w["use_dora"].flag(),
+        w["lora_dropout"].number(0.0, 1.0, default=0.0),
+        () if isinstance(raw, str) else w["target_modules"].names(),
         raw if isinstance(raw, str) and not everything else "",
         everything,
-        w.names("target_parameters"),
-        w.names("modules_to_save"),
-        () if isinstance(excluded, str) else w.names("exclude_modules"),
+        w["target_parameters"].names(),
+        w["modules_to_save"].names(),
+        () if isinstance(excluded, str) else w["exclude_modules"].names(),
         excluded if isinstance(excluded, str) else "",
-        w.integers("layers_to_transform"),
-        w.names("layers_pattern"),
-        w.ranks("rank_pattern"),
-        w.alphas("alpha_pattern"),
+        w["layers_to_transform"].integers(),
+        w["layers_pattern"].names(),
+        ranks(w["rank_pattern"]),
+        alphas(w["alpha_pattern"]),
     )
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import sqrt
 
+from lora_planner.handoff.sharding import WHOLE, Sharding
+
 SFT, RL = "sft", "rl"
+#: forms of the experts' adapters that a tool can be told: peft's pair for each fused tensor, at the rank of the other
+#: modules or at that over the active experts; or none
+FUSED, OVER_ACTIVE, NONE = "fused", "fused-over-active", "none"
 #: the two meanings of "all linear layers": peft's own word, and a list of leaf names that a tool collects
 PEFT_ALL, LEAF_NAMES = "peft", "names"
 
@@ -58,6 +63,7 @@ class Recipe:
     `weights`: dtype of what is loaded (float32, bfloat16, float16, nf4, int8); `pure`: weights in 16 bits are
     what the optimizer updates. `given`: the keys that the file itself sets; everything else is the tool's default.
     `unknown`: keys that the tool does not know. `notes`: what was read but is not counted.
+    `sharding`: how GPUs share a copy of the model; `gpus`: how many there are, which the config does not decide.
     """
 
     tool: str
@@ -83,6 +89,10 @@ class Recipe:
     attention: str = "sdpa"
     loss: str = "full"
     group: int = 0
+    answer: int = 0  # RL: the longest one in tokens
+    engine_share: float = (
+        0.0  # RL: of the GPU's memory, for an engine that samples beside the trainer; 0: the trainer samples
+    )
     half: str = "bf16"  # what matmuls run in: bf16, or fp16 where the GPU has none
     remote_code: bool = False
     dataset: str = ""
@@ -91,11 +101,18 @@ class Recipe:
     given: frozenset[str] = frozenset()
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    sharding: Sharding = WHOLE
+    gpus: int = 1
+    plan: str = ""  # the first digits of checked.plan_hash, where the file was exported from a plan
 
     @property
     def batch(self) -> int | None:
-        """Sequences a step on one device."""
-        return None if self.micro_batch is None else self.micro_batch * self.accumulation
+        """Sequences a step on all GPUs.
+
+        >>> Recipe("trl", micro_batch=2, accumulation=4, gpus=8).batch
+        64
+        """
+        return None if self.micro_batch is None else self.micro_batch * self.accumulation * self.gpus
 
 
 @dataclass(frozen=True, slots=True)

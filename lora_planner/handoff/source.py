@@ -9,13 +9,15 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lora_planner.checked import Node
 from lora_planner.checkpoint import open_regular, parse_json
 from lora_planner.errors import BadInput, EnvironmentMissing
+from lora_planner.handoff.sharding import ACCELERATE, TRL_LAUNCHES, inlined
 
 MAX_BYTES = 1024**2
 #: a document with more anchors used than this is a bomb, not a config
@@ -33,7 +35,9 @@ CALLS = {
 class Document:
     """Keys and values. `objective`: what the command or script says is trained, "" where it does not.
 
-    `origin`: yaml, json, arguments or script. `notes`: what was seen and not read.
+    `origin`: yaml, json, arguments or script. `notes`: what was seen and not read. `folder`: where the file lies, and
+    what it names may be read. `launch`: what starts the processes, in the words of an accelerate file. `plan`: the first
+    digits of the plan that it was exported from.
     """
 
     values: Mapping[str, Any]
@@ -42,10 +46,33 @@ class Document:
     objective: str = ""
     notes: tuple[str, ...] = field(default=())
     calls: frozenset[str] = frozenset()
+    folder: Path | None = None
+    launch: Mapping[str, Any] = field(default_factory=dict)
+    plan: str = ""
+
+    @property
+    def root(self) -> Node:
+        return Node(self.values, self.where, lenient=True)
 
 
 def read(path: Path) -> Document:
     """The document in a file; the suffix says how it is written."""
+    return replace(_read(path), folder=path.parent)
+
+
+def launch(path: Path) -> dict[str, Any]:
+    """An accelerate file: `accelerate launch --config_file FILE`."""
+    found = dict(_read(path).values)
+    if not ACCELERATE & set(found):
+        raise BadInput(
+            "no accelerate config: it has no distributed_type",
+            path.name,
+            "Give the file of accelerate launch --config_file.",
+        )
+    return inlined(found, path.parent)
+
+
+def _read(path: Path) -> Document:
     where = path.name
     with open_regular(path, where) as file:
         raw = file.read(MAX_BYTES + 1)
@@ -61,7 +88,8 @@ def read(path: Path) -> Document:
         return script(text, where)
     if path.suffix.lower() in (".sh", ".bash", ".txt", ".args", ".slurm", ".sbatch"):
         return command(text, path)
-    return Document(load_yaml(text, where), where, "yaml")
+    exported = re.match(r"# lora-plan \S+, plan ([0-9a-f]{12}),", text)
+    return Document(load_yaml(text, where), where, "yaml", plan=exported[1] if exported else "")
 
 
 def load_yaml(text: str, where: str) -> dict[str, Any]:
@@ -112,18 +140,22 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
 def command(text: str, path: Path) -> Document:
     """The training command in a shell script or a file of arguments: its `--key value` words.
 
-    A `--config FILE` beside it is read too; the command's own words win.
+    A `--config FILE` beside it is read too, and the launcher's `--config_file`; the command's own words win.
     """
     where = path.name
     values: dict[str, Any] = {}
     notes: list[str] = []
     objective = ""
+    launched: dict[str, Any] = {}
     for words in _commands(text, where):
-        values = dict(_arguments(words))
-        if not values and not any(word.endswith((".yaml", ".yml")) for word in words):
+        start = max((i for i, word in enumerate(words) if _is_program(word)), default=-1)
+        values = dict(_arguments(words[start + 1 :]))
+        own = [word for word in words[start + 1 :] if word.endswith((".yaml", ".yml"))]
+        if not values and not own:
             continue
         objective = _objective(words)
-        files = [values.pop("config", None), *(word for word in words if word.endswith((".yaml", ".yml")))]
+        launched = _launched(dict(_arguments(words[: max(0, start)])), values, path, notes)
+        files = [values.pop("config", None), *own]
         inner = next((f for f in files if isinstance(f, str) and not f.startswith("$")), None)
         if inner:
             beside = path.parent / inner
@@ -138,7 +170,31 @@ def command(text: str, path: Path) -> Document:
     for key in variables:
         notes.append(f"{key} is a shell variable: not read")
         del values[key]
-    return Document(values, where, "arguments", objective, tuple(notes))
+    return Document(values, where, "arguments", objective, tuple(notes), launch=launched)
+
+
+#: words of `trl` that it hands on to accelerate
+HANDED_ON = ("accelerate_config", "config_file", "num_processes", "num_machines")
+
+
+def _launched(words: dict[str, Any], values: dict[str, Any], path: Path, notes: list[str]) -> dict[str, Any]:
+    """What starts the processes: the launcher's words over its file; `values` loses the words that are the launcher's."""
+    words |= {key: values.pop(key) for key in HANDED_ON if key in values}
+    named = str(words.pop("accelerate_config", "") or words.pop("config_file", ""))
+    found: dict[str, Any] = {}
+    if named in TRL_LAUNCHES:
+        found = dict(TRL_LAUNCHES[named])
+        words.setdefault("num_processes", found["num_processes"])
+    elif named and "$" in named:
+        notes.append(f"{named} is a shell variable: not read")
+    elif named:
+        beside = path.parent / named
+        if not beside.resolve().is_relative_to(path.parent.resolve()) or not beside.is_file():
+            raise BadInput(
+                f"the launcher reads {named}, which is not inside the folder of the script", path.name, "Copy it there."
+            )
+        found = launch(beside)
+    return found | {key: value for key, value in words.items() if not (isinstance(value, str) and "$" in value)}
 
 
 def _commands(text: str, where: str) -> Iterator[list[str]]:
@@ -154,10 +210,8 @@ def _commands(text: str, where: str) -> Iterator[list[str]]:
                 raise BadInput(f"not a shell command: {error}", where, "Check its quotes.") from None
 
 
-def _arguments(words: list[str]) -> Iterator[tuple[str, Any]]:
-    """Arguments of the program, not of a launcher before it: those end where the script or the verb is."""
-    start = max((i for i, word in enumerate(words) if _is_program(word)), default=-1)
-    rest = words[start + 1 :]
+def _arguments(rest: list[str]) -> Iterator[tuple[str, Any]]:
+    """`--key value` words of the program; a launcher's stand before the script or the verb."""
     i = 0
     while i < len(rest):
         word = rest[i]
@@ -225,7 +279,11 @@ def script(text: str, where: str) -> Document:
             try:
                 section[keyword.arg] = constants[value.id] if isinstance(value, ast.Name) else ast.literal_eval(value)
             except (KeyError, ValueError, TypeError, RecursionError):
-                if isinstance(value, ast.Attribute) and keyword.arg in ("dtype", "torch_dtype"):
+                if isinstance(value, ast.Attribute) and keyword.arg in (
+                    "dtype",
+                    "torch_dtype",
+                    "bnb_4bit_quant_storage",
+                ):
                     section[keyword.arg] = value.attr  # torch.bfloat16
                 elif not isinstance(value, ast.Name) or keyword.arg not in ("model", "processing_class"):
                     notes.append(f"{keyword.arg} of {name} is no literal: not read")

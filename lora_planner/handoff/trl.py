@@ -6,15 +6,19 @@ Keys and defaults: trl 1.16, ScriptArguments, ModelConfig, SFTConfig, GRPOConfig
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from lora_planner.checked import Node
 from lora_planner.errors import BadInput
 from lora_planner.handoff import hf
-from lora_planner.handoff.recipe import PEFT_ALL, RL, SFT, File, Lora, Recipe
+from lora_planner.handoff.recipe import FUSED, NONE, PEFT_ALL, RL, SFT, File, Lora, Recipe
 from lora_planner.handoff.source import ADAPT, LOAD, TRAIN, Document
-from lora_planner.handoff.words import Words, known_keys, yaml
+from lora_planner.handoff.words import alphas, known_keys, ranks, yaml
 
 LABEL = "TRL 1.16"
+#: what it can be told of experts: lora_target_parameters, and no rank of their own
+EXPERTS = (FUSED, NONE)
 FIELDS = hf.FIELDS | {
     "model": "model_name_or_path", "rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "lora_target_modules", "parameters": "lora_target_parameters", "saved": "lora_modules_to_save",
@@ -68,7 +72,7 @@ def flattened(document: Document) -> tuple[dict[str, Any], frozenset[str], dict[
         flat |= {FROM_PEFT[key]: value for key, value in (defaults | adapt).items() if key in FROM_PEFT}
     if "model_name" in load or "model_name_or_path" in load:
         flat["model_name_or_path"] = load.get("model_name", load.get("model_name_or_path"))
-    for key in ("load_in_4bit", "load_in_8bit", "attn_implementation", "trust_remote_code"):
+    for key in ("load_in_4bit", "load_in_8bit", "attn_implementation", "trust_remote_code", "bnb_4bit_quant_storage"):
         if key in load:
             flat[key] = load[key]
     loaded = any(call.endswith("from_pretrained") and "Tokenizer" not in call for call in document.calls)
@@ -82,31 +86,40 @@ def read(document: Document) -> Recipe:
     only_peft: dict[str, Any] = {}
     if document.origin == "script":
         values, unknown, only_peft = flattened(document)
-    w = Words(values, document.where)
+    w = Node(values, document.where, lenient=True)
     objective = document.objective
     if not objective:
         objective = RL if RL_SIGNS & set(values) else "dpo" if DPO_SIGNS & set(values) else SFT
     bare = document.origin == "script" and document.calls.isdisjoint(CONFIGS)
-    fields = hf.trainer(w, 5e-5 if bare else DEFAULT_RATE.get(objective, 1e-6), checkpointing=not bare)
+    fields = hf.trainer(w, 5e-5 if bare else DEFAULT_RATE.get(objective, 1e-6), document, checkpointing=not bare)
     notes = [note for note in document.notes if note.split()[0] in READ] + list(fields.pop("notes"))
-    lora = _lora(w, Words(only_peft, document.where)) if w.flag("use_peft") else None
+    lora = _lora(w, Node(only_peft, document.where, lenient=True)) if w["use_peft"].flag() else None
     weights, pure = _weights(w, lora is not None)
+    sharding = fields["sharding"]
+    if weights == "nf4":
+        storage = str(w.value.get("bnb_4bit_quant_storage") or "")
+        fields["sharding"] = replace(sharding, floats=storage.removeprefix("torch.").startswith(("bfloat", "float")))
+    if sharding.engine and w["bf16"].flag(not bare) | w["fp16"].flag():
+        pure = False  # both update fp32 copies of what 16 bits compute with
     if objective == RL:
-        length = w.integer("max_completion_length", 512) + ASSUMED_PROMPT
-        notes.append(f"prompts of {ASSUMED_PROMPT} tokens are assumed; what generates is not counted")
+        length = w["vllm_max_model_length"].integer(default=0)
+        notes.append("what samples is not counted: plan it with `lora-plan recommend --rl`")
+        if not length:
+            length = w["max_completion_length"].integer(default=512) + ASSUMED_PROMPT
+            notes.append(f"prompts of {ASSUMED_PROMPT} tokens are assumed")
     elif bare:
         length = 0
     else:
-        length = w.integer("max_length", 1024, 0) if "max_length" not in values or w.has("max_length") else 0
+        length = w["max_length"].integer(0, default=1024) if "max_length" not in values or w["max_length"].there else 0
     if document.origin != "script" and objective in (SFT, RL, "dpo"):
         unknown = frozenset(values) - known(objective)
-    packed = w.flag("packing") if objective == SFT else False
-    attention = hf.attention(w.text("attn_implementation"))
+    packed = w["packing"].flag() if objective == SFT else False
+    attention = hf.attention(w["attn_implementation"].text(""))
     if values.get("max_length", 0) is None:
         notes.append("max_length is null: nothing is cut")
     return Recipe(
         "trl",
-        w.text("model_name_or_path"),
+        w["model_name_or_path"].text(""),
         objective,
         lora,
         weights,
@@ -116,9 +129,9 @@ def read(document: Document) -> Recipe:
         packing=packed,
         packed_attention=attention == "flash",
         attention=attention,
-        loss="chunked" if w.flag("use_liger_kernel") or _in_pieces(w, objective, bare) else "full",
-        group=w.integer("num_generations", 8, 1) if objective == RL else 0,
-        remote_code=w.flag("trust_remote_code"),
+        loss="chunked" if w["use_liger_kernel"].flag() or _in_pieces(w, objective, bare) else "full",
+        group=w["num_generations"].integer(1, default=8) if objective == RL else 0,
+        remote_code=w["trust_remote_code"].flag(),
         label="transformers' Trainer" if bare else "",
         wired=document.origin != "script" or not document.calls.isdisjoint(WIRED),
         given=frozenset(values),
@@ -127,43 +140,43 @@ def read(document: Document) -> Recipe:
     )
 
 
-def _in_pieces(w: Words, objective: str, bare: bool) -> bool:
+def _in_pieces(w: Node, objective: str, bare: bool) -> bool:
     """SFTTrainer of 1.16 never has all logits at once, except for label smoothing."""
-    return objective == SFT and not bare and w.number("label_smoothing_factor", 0.0) == 0
+    return objective == SFT and not bare and w["label_smoothing_factor"].number(default=0.0) == 0
 
 
-def _lora(w: Words, peft: Words) -> Lora:
-    targets = w.names("lora_target_modules")
+def _lora(w: Node, peft: Node) -> Lora:
+    targets = w["lora_target_modules"].names()
     everything = PEFT_ALL if targets == ("all-linear",) else ""
-    raw = w.document.get("lora_target_modules")
+    raw = w.value.get("lora_target_modules")
     # ModelConfig unwraps a list of one, and peft takes a text as a pattern for the whole path; LoraConfig unwraps nothing
-    single = len(targets) == 1 and not everything and (isinstance(raw, str) or not peft.document)
+    single = len(targets) == 1 and not everything and (isinstance(raw, str) or not peft.value)
     return Lora(
-        w.integer("lora_r", 16, 1, 10**6),
-        w.number("lora_alpha", 32.0, 1e-9, 1e6),
-        w.flag("use_rslora"),
-        w.flag("use_dora"),
-        w.number("lora_dropout", 0.05, 0.0, 1.0),
+        w["lora_r"].integer(1, 10**6, default=16),
+        w["lora_alpha"].number(1e-9, 1e6, default=32.0),
+        w["use_rslora"].flag(),
+        w["use_dora"].flag(),
+        w["lora_dropout"].number(0.0, 1.0, default=0.05),
         () if everything or single else targets,
         targets[0] if single else "",
         everything,
-        w.names("lora_target_parameters"),
-        w.names("lora_modules_to_save"),
-        peft.names("exclude_modules"),
-        layers=peft.integers("layers_to_transform"),
-        layers_pattern=peft.names("layers_pattern"),
-        ranks=peft.ranks("rank_pattern"),
-        alphas=peft.alphas("alpha_pattern"),
+        w["lora_target_parameters"].names(),
+        w["lora_modules_to_save"].names(),
+        peft["exclude_modules"].names(),
+        layers=peft["layers_to_transform"].integers(),
+        layers_pattern=peft["layers_pattern"].names(),
+        ranks=ranks(peft["rank_pattern"]),
+        alphas=alphas(peft["alpha_pattern"]),
     )
 
 
-def _weights(w: Words, adapter: bool) -> tuple[str, bool]:
-    if w.flag("load_in_4bit"):
+def _weights(w: Node, adapter: bool) -> tuple[str, bool]:
+    if w["load_in_4bit"].flag():
         return "nf4", False
-    if w.flag("load_in_8bit"):
+    if w["load_in_8bit"].flag():
         return "int8", False
-    inner = w.below("model_init_kwargs")
-    dtype = w.text("dtype", inner.text("dtype", inner.text("torch_dtype", "float32")))
+    inner = w["model_init_kwargs"].table()
+    dtype = w["dtype"].text(inner["dtype"].text(inner["torch_dtype"].text("float32")))
     return ("bfloat16" if dtype == "auto" else dtype), dtype != "float32" and not adapter
 
 
@@ -188,8 +201,12 @@ def write(recipe: Recipe, header: tuple[str, ...]) -> tuple[File, ...]:
             rows |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
     rows |= trainer_rows(recipe)
     if recipe.objective == RL:
-        rows |= {"num_generations": recipe.group, "max_completion_length": _completion(recipe),
-                 "beta": 0.0, "use_vllm": False}  # fmt: skip
+        rows |= {"num_generations": recipe.group, "max_completion_length": _completion(recipe), "beta": 0.0}
+        rows["use_vllm"] = bool(recipe.engine_share)
+        if recipe.engine_share:
+            # colocated: the engine sleeps while the trainer works, which is what the plan's peak says
+            rows |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True,
+                     "vllm_gpu_memory_utilization": recipe.engine_share, "vllm_max_model_length": recipe.max_length}  # fmt: skip
     else:
         rows |= {"max_length": recipe.max_length, "packing": recipe.packing, "loss_type": "nll"}
         if recipe.dataset_kind in ("messages", "conversations"):
@@ -209,7 +226,7 @@ def _completion(recipe: Recipe) -> int:
     if size % recipe.group:
         raise BadInput(f"a step of {size} samples holds no whole groups of {recipe.group}", "--to trl",
                        "Plan with a --group that divides the batch.")  # fmt: skip
-    return length - ASSUMED_PROMPT
+    return min(recipe.answer, length) if recipe.answer else length - ASSUMED_PROMPT
 
 
 def _targets(lora: Lora) -> str | list[str]:

@@ -7,14 +7,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lora_planner.checked import Node
 from lora_planner.errors import BadInput
 from lora_planner.handoff import hf
-from lora_planner.handoff.recipe import LEAF_NAMES, RL, SFT, File, Lora, Recipe
+from lora_planner.handoff.recipe import LEAF_NAMES, NONE, RL, SFT, File, Lora, Recipe
 from lora_planner.handoff.source import ADAPT, LOAD, TRAIN, Document
 from lora_planner.handoff.trl import trainer_rows, whole
-from lora_planner.handoff.words import Words, known_keys
+from lora_planner.handoff.words import known_keys, ranks
 
 LABEL = "Unsloth 2026.10"
+#: what it can be told of experts: its own kernels choose how they are adapted
+EXPERTS = (NONE,)
 FIELDS = hf.FIELDS | {
     "model": "model_name", "adapter": "full_finetuning", "rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "parameters": "target_parameters", "saved": "modules_to_save",
@@ -45,57 +48,57 @@ def flattened(document: Document) -> dict[str, Any]:
 
 def read(document: Document) -> Recipe:
     values = flattened(document)
-    w = Words(values, document.where)
+    w = Node(values, document.where, lenient=True)
     objective = document.objective or (RL if "num_generations" in values else SFT)
-    full = w.flag("full_finetuning")
-    fields = hf.trainer(w, 1e-6 if objective == RL else 2e-5)
+    full = w["full_finetuning"].flag()
+    fields = hf.trainer(w, 1e-6 if objective == RL else 2e-5, document)
     recompute = values.get("use_gradient_checkpointing", "unsloth")
-    fields["checkpointing"] = recompute == "unsloth" or w.flag("use_gradient_checkpointing", True)
+    fields["checkpointing"] = recompute == "unsloth" or w["use_gradient_checkpointing"].flag(True)
     notes = [note for note in document.notes if note.split()[0] in FIELDS.values()] + list(fields.pop("notes"))
     if recompute == "unsloth":
         notes.append(
             'use_gradient_checkpointing="unsloth" keeps checkpoints in host memory: the peak is lower than printed'
         )
-    four = w.flag("load_in_4bit", True) and not full and not w.flag("load_in_8bit") and not w.flag("load_in_16bit")
+    four = w["load_in_4bit"].flag(True) and not full and not w["load_in_8bit"].flag() and not w["load_in_16bit"].flag()
     other = {"dataset", "dataset_text_field", "script"}
     return Recipe(
         "unsloth",
-        w.text("model_name"),
+        w["model_name"].text(""),
         objective,
         None if full else _lora(w),
-        "nf4" if four else "int8" if w.flag("load_in_8bit") and not full else "bfloat16",
-        full and not w.flag("float32_mixed_precision"),
+        "nf4" if four else "int8" if w["load_in_8bit"].flag() and not full else "bfloat16",
+        full and not w["float32_mixed_precision"].flag(),
         **fields,
-        max_length=w.integer("max_seq_length", 2048),
-        packing=w.flag("packing"),
+        max_length=w["max_seq_length"].integer(default=2048),
+        packing=w["packing"].flag(),
         attention="flash",
         loss="chunked",
-        group=w.integer("num_generations", 8, 1) if objective == RL else 0,
-        remote_code=w.flag("trust_remote_code"),
+        group=w["num_generations"].integer(1, default=8) if objective == RL else 0,
+        remote_code=w["trust_remote_code"].flag(),
         given=frozenset(values),
         unknown=tuple(sorted(set(values) - known_keys("unsloth", "hf", "trl-sft", "trl-grpo", "peft") - other)),
         notes=tuple(notes),
     )
 
 
-def _lora(w: Words) -> Lora:
-    raw = w.document.get("target_modules")
-    targets = w.names("target_modules") or (() if w.has("target_parameters") else DEFAULT_TARGETS)
+def _lora(w: Node) -> Lora:
+    raw = w.value.get("target_modules")
+    targets = w["target_modules"].names() or (() if w["target_parameters"].there else DEFAULT_TARGETS)
     everything = LEAF_NAMES if targets == ("all-linear",) else ""
     is_pattern = isinstance(raw, str) and not everything
     return Lora(
-        w.integer("r", 16, 1, 10**6),
-        w.number("lora_alpha", 16.0, 1e-9, 1e6),
-        w.flag("use_rslora"),
-        w.flag("use_dora"),
-        w.number("lora_dropout", 0.0, 0.0, 1.0),
+        w["r"].integer(1, 10**6, default=16),
+        w["lora_alpha"].number(1e-9, 1e6, default=16.0),
+        w["use_rslora"].flag(),
+        w["use_dora"].flag(),
+        w["lora_dropout"].number(0.0, 1.0, default=0.0),
         () if everything or is_pattern else targets,
         targets[0] if is_pattern else "",
         everything,
-        w.names("target_parameters"),
-        w.names("modules_to_save"),
-        layers=w.integers("layers_to_transform"),
-        ranks=w.ranks("rank_pattern"),
+        w["target_parameters"].names(),
+        w["modules_to_save"].names(),
+        layers=w["layers_to_transform"].integers(),
+        ranks=ranks(w["rank_pattern"]),
         text_only=True,
     )
 

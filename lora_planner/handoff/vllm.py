@@ -9,10 +9,12 @@ from typing import Any
 
 from lora_planner.capacity import SERVABLE_RANKS
 from lora_planner.errors import BadInput
-from lora_planner.handoff.recipe import File, Recipe
+from lora_planner.handoff.recipe import FUSED, NONE, OVER_ACTIVE, File, Recipe
 from lora_planner.handoff.words import yaml
 
 LABEL = "vLLM"
+#: what it can be told of experts; other forms it is served merged, as `write` says
+EXPERTS = (NONE, OVER_ACTIVE, FUSED, "planned")
 #: what a server loads when it is told nothing
 DEFAULT_MAX_RANK = 16
 
@@ -36,7 +38,8 @@ def write(recipe: Recipe, header: tuple[str, ...]) -> tuple[File, ...]:
         return (File("vllm.yaml", yaml({"model": "lora-plan-output"}, header)),)
     if recipe.lora.parameters:
         raise BadInput("adapters of fused experts have loaded wrongly in vLLM (pull requests 41384 and 52194)", "--to vllm",
-                       "Merge the adapter into the base (peft's merge_and_unload) and serve the merged model.")  # fmt: skip
+                       "Merge the adapter into the base (peft's merge_and_unload) and serve the merged model, or leave the experts out: "
+                       "--experts none.")  # fmt: skip
     if recipe.lora.dora:
         raise BadInput("vLLM loads no DoRA adapter", "--to vllm", "Merge the adapter and serve the merged model.")
     rows: dict[str, Any] = {

@@ -2,101 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
-from math import isfinite
 from typing import Any
 
 from lora_planner import units
 from lora_planner.budget import RATES, Part
 from lora_planner.capacity import PENALTY_MARGIN
+from lora_planner.checked import MAX_NUMBER, Node, plan_hash
 from lora_planner.checkpoint import read_argument
 from lora_planner.errors import BadInput, Infeasible, OverBudget
 from lora_planner.facts import COMMITMENTS, MAX_USD_PER_GPU_HOUR, Price
-from lora_planner.ledger import ASSUMED, BASES, EXACT, Estimate
+from lora_planner.ledger import ASSUMED, EXACT, Estimate
 from lora_planner.recommend import SAME_COST
 from lora_planner.render import SCHEMA, interval
 
 MAX_BYTES = 8 << 20
-MAX_TEXT = 2000
-MAX_NUMBER = 1e30
 MADE_BY = "Make it with `lora-plan recommend ... --json > plan.json`."
 #: bytes a parameter of a base on disk; what nearly all are published in
 BF16 = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """A place in a JSON document; a wrong value names the place."""
-
-    value: Any
-    where: str
-    path: str = ""
-
-    def refuse(self, expected: str) -> BadInput:
-        got = "nothing" if self.value is None else f"{type(self.value).__name__} {str(self.value)[:30]!r}"
-        return BadInput(f"{self.path or 'the document'}: expected {expected}, got {got}", self.where, MADE_BY)
-
-    def at(self, path: str) -> Node:
-        node = self
-        for key in path.split("."):
-            if not isinstance(node.value, dict):
-                raise node.refuse("an object")
-            node = Node(node.value.get(key), node.where, f"{node.path}.{key}".lstrip("."))
-        return node
-
-    def __iter__(self) -> Iterator[Node]:
-        if not isinstance(self.value, list) or len(self.value) > 10_000:
-            raise self.refuse("a list")
-        return (Node(item, self.where, f"{self.path}[{i}]") for i, item in enumerate(self.value))
-
-    def items(self) -> Iterator[tuple[str, Node]]:
-        if not isinstance(self.value, dict):
-            raise self.refuse("an object")
-        return ((key, self.at(key)) for key in self.value if "." not in key)
-
-    @property
-    def there(self) -> bool:
-        return self.value is not None
-
-    def number(self, low: float = 0.0, high: float = MAX_NUMBER) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
-            raise self.refuse("a number")
-        try:
-            found = float(self.value)
-        except OverflowError:
-            found = float("inf")
-        if not (isfinite(found) and low <= found <= high):
-            raise self.refuse(f"a number from {low:g} to {high:g}")
-        return found
-
-    def text(self, default: str | None = None) -> str:
-        if self.value is None and default is not None:
-            return default
-        if not isinstance(self.value, str) or len(self.value) > MAX_TEXT:
-            raise self.refuse(f"text of at most {MAX_TEXT} characters")
-        return self.value
-
-    def basis(self) -> str:
-        if self.value not in BASES:
-            raise self.refuse(f"one of {', '.join(BASES)}")
-        return str(self.value)
-
-    def day(self) -> date:
-        try:
-            return date.fromisoformat(self.text())
-        except ValueError:
-            raise self.refuse("a date like 2026-11-23") from None
-
-    def estimate(self, positive: bool = False) -> Estimate:
-        low, value, high = (self.at(end).number() for end in ("low", "value", "high"))
-        if not low <= value <= high or (positive and not low > 0):
-            raise self.refuse("low <= value <= high" + (", all above 0" if positive else ""))
-        source = self.at("source").text("")
-        return Estimate(low, value, high, self.at("unit").text(""), self.at("basis").basis(), source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +54,7 @@ class Sheet:
     part: Part
     data: str
     method: str
-    sha256: str
+    sha256: str  # checked.plan_hash
     inputs: str  # the first digits by which exported files name the plan
     parameters: float
     trainable: float
@@ -160,19 +84,9 @@ def read(path: str) -> dict[str, Any]:
     return read_argument(path, MAX_BYTES)
 
 
-def plan_hash(result: Any) -> str:
-    """What identifies a plan: SHA-256 of its `result` with sorted keys and no spaces.
-
-    >>> plan_hash({"b": 1, "a": 2}) == plan_hash({"a": 2, "b": 1})
-    True
-    """
-    text = json.dumps(result, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def sheet(document: Mapping[str, Any], where: str) -> Sheet:
     """The recommended plan of a document, or an error that says what is missing."""
-    top = Node(dict(document), where)
+    top = Node(dict(document), where, fix=MADE_BY)
     if document.get("schema_version") != SCHEMA:
         raise top.at("schema_version").refuse(f"{SCHEMA}")
     result = top.at("result")
