@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,14 @@ def test_one_name_is_one_thing() -> None:
             if isinstance(p, click.Option):
                 kinds.setdefault(p.opts[0], set()).add(p.is_flag)
     assert {name: kind for name, kind in kinds.items() if len(kind) > 1} == {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_takes_a_file_or_a_name_completes_it(name: str) -> None:
+    """Options and arguments whose metavar says FILE, DIR, PATH or a plan, and those of models and GPUs."""
+    for p in main.commands[name].params:
+        if re.search("FILE|DIR|PATH|PLAN|CONFIG|RUN|svg", p.metavar or "") or p.name in ("model", "gpu"):
+            assert p._custom_shell_complete is not None, p.name
 
 
 def completed(*words: str) -> list[str]:

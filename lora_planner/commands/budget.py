@@ -55,7 +55,14 @@ OUTPUTS = options(
     ),
     click.option("--markdown", "markdown_file", metavar="FILE", shell_complete=completion.files),
     click.option("--csv", "csv_file", metavar="FILE", shell_complete=completion.files),
-    click.option("--plot", "plots", multiple=True, metavar="CHART.svg|png", help=f"A file named {', '.join(CHARTS)}."),
+    click.option(
+        "--plot",
+        "plots",
+        multiple=True,
+        shell_complete=completion.files,
+        metavar="CHART.svg|png",
+        help=f"A file named {', '.join(CHARTS)}.",
+    ),
 )
 CENTURY_HOURS = 100 * 365.25 * 24
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_planner import completion
 from lora_planner.options import JSON, OFFLINE, PRICES, options
 
 if TYPE_CHECKING:
@@ -17,16 +18,33 @@ TOOLS = ["trl", "axolotl", "llamafactory", "unsloth", "peft"]
 
 
 @click.command()
-@click.argument("config", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("config", shell_complete=completion.files, metavar="CONFIG", type=click.Path(path_type=Path))
 @click.argument("launch", metavar="[ACCELERATE]", required=False, type=click.Path(path_type=Path))
 @options(PRICES, OFFLINE, JSON)
 @click.option("--tool", type=click.Choice(TOOLS), help="What the file is for; default: its keys tell.")
-@click.option("--model", metavar="NAME|PATH", help="Instead of the model that the file names.")
-@click.option("--gpu", metavar="[Nx]NAME", help="Adds memory, time and cost: 8xh100-sxm-80gb is eight of it.")
+@click.option(
+    "--model", shell_complete=completion.models, metavar="NAME|PATH", help="Instead of the model that the file names."
+)
+@click.option(
+    "--gpu",
+    shell_complete=completion.gpus,
+    metavar="[Nx]NAME",
+    help="Adds memory, time and cost: 8xh100-sxm-80gb is eight of it.",
+)
 @click.option("--min-pfit", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Exit with 4 below it.")
-@click.option("--data", metavar="FILE", help="JSONL or Parquet: lengths, steps, the cost of the run.")
+@click.option(
+    "--data",
+    shell_complete=completion.files,
+    metavar="FILE",
+    help="JSONL or Parquet: lengths, steps, the cost of the run.",
+)
 @click.option("--tokens", metavar="N", help="Size of the data where there is no file.")
-@click.option("--tokenizer", metavar="PATH", help="tokenizer.json or its directory: exact counts.")
+@click.option(
+    "--tokenizer",
+    shell_complete=completion.files,
+    metavar="PATH",
+    help="tokenizer.json or its directory: exact counts.",
+)
 @click.option("--micro-batch", type=click.IntRange(1), help="Instead of the file's.")
 @click.option("--seq-len", type=click.IntRange(1), help="Longest sample, instead of the file's.")
 def check(config: Path, launch: Path | None, as_json: bool, **words: Any) -> None:

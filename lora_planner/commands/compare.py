@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_planner import completion
 from lora_planner.errors import BadInput, UnknownModelType, UsageError
 from lora_planner.options import JSON, OFFLINE, PRICES, WORK, job_of, options, terms
 
@@ -22,14 +23,40 @@ MAX_LIST_BYTES = 1 << 20
 
 
 @click.command()
-@click.option("--model", "model", metavar="NAME[,NAME]", help="As in recommend; several with commas.")
-@click.option("--models", "models_file", metavar="FILE", help="One model a line; # starts a comment.")
+@click.option(
+    "--model",
+    "model",
+    shell_complete=completion.models,
+    metavar="NAME[,NAME]",
+    help="As in recommend; several with commas.",
+)
+@click.option(
+    "--models",
+    "models_file",
+    shell_complete=completion.files,
+    metavar="FILE",
+    help="One model a line; # starts a comment.",
+)
 @click.option("--methods", default="lora,qlora,full", show_default=True, metavar="NAME[,NAME]")
 @options(WORK, terms())
-@click.option("--csv", "csv_file", metavar="FILE", help="Every cell, with the reason of those that are out.")
-@click.option("--plot", "plot_file", metavar="FILE.svg|png", help="Cost against time, with the Pareto set.")
-@click.option("--html", "html_file", metavar="FILE", help="One page: no script, nothing to load.")
-@click.option("--markdown", "markdown_file", metavar="FILE")
+@click.option(
+    "--csv",
+    "csv_file",
+    shell_complete=completion.files,
+    metavar="FILE",
+    help="Every cell, with the reason of those that are out.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    shell_complete=completion.files,
+    metavar="FILE.svg|png",
+    help="Cost against time, with the Pareto set.",
+)
+@click.option(
+    "--html", "html_file", shell_complete=completion.files, metavar="FILE", help="One page: no script, nothing to load."
+)
+@click.option("--markdown", "markdown_file", shell_complete=completion.files, metavar="FILE")
 @options(PRICES, OFFLINE, JSON)
 def compare(
     model: str | None, models_file: str | None, methods: str, csv_file: str | None, plot_file: str | None,

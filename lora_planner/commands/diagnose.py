@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_planner import completion
 from lora_planner.errors import BadInput, EnvironmentMissing, UsageError
 from lora_planner.options import JSON, options
 
@@ -21,15 +22,37 @@ PICTURES = (".svg", ".png")
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", shell_complete=completion.files, metavar="RUN")
 @options(
-    click.option("--ref", metavar="RUN", help="A run to hold it against: full fine-tuning, another rank or rate."),
-    click.option("--config", metavar="FILE", help="RUN's training config: TRL, axolotl, LLaMA-Factory, Unsloth, peft."),
-    click.option("--ref-config", metavar="FILE", help="The training config of --ref."),
+    click.option(
+        "--ref",
+        shell_complete=completion.files,
+        metavar="RUN",
+        help="A run to hold it against: full fine-tuning, another rank or rate.",
+    ),
+    click.option(
+        "--config",
+        shell_complete=completion.files,
+        metavar="FILE",
+        help="RUN's training config: TRL, axolotl, LLaMA-Factory, Unsloth, peft.",
+    ),
+    click.option("--ref-config", shell_complete=completion.files, metavar="FILE", help="The training config of --ref."),
     click.option("--tool", type=click.Choice(TOOLS), help="Whose configs they are, where the keys do not tell."),
-    click.option("--model", metavar="NAME|PATH", help="The base: expected rate, capacity, predicted penalty."),
-    click.option("--data", metavar="FILE", help="The training data: how much there is to learn."),
-    click.option("--plot", metavar="FILE.svg|png", help="Loss curves, with the predicted end where there is one."),
+    click.option(
+        "--model",
+        shell_complete=completion.models,
+        metavar="NAME|PATH",
+        help="The base: expected rate, capacity, predicted penalty.",
+    ),
+    click.option(
+        "--data", shell_complete=completion.files, metavar="FILE", help="The training data: how much there is to learn."
+    ),
+    click.option(
+        "--plot",
+        shell_complete=completion.files,
+        metavar="FILE.svg|png",
+        help="Loss curves, with the predicted end where there is one.",
+    ),
     JSON,
 )
 def diagnose(run: str, ref: str | None, plot: str | None, as_json: bool, **words: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_planner import completion
 from lora_planner.options import JSON, OFFLINE, options
 
 if TYPE_CHECKING:
@@ -19,12 +20,28 @@ FORMS = ["fused-over-active", "fused", "none"]
 
 
 @click.command()
-@click.argument("plan", metavar="PLAN")
+@click.argument("plan", shell_complete=completion.files, metavar="PLAN")
 @options(OFFLINE, JSON)
 @click.option("--to", "tool", type=click.Choice(TOOLS), required=True, help="Who is to load the files.")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Where to write; default: export/TOOL.")
-@click.option("--model", metavar="PATH|ID", help="The planned model, where the plan knows its name only.")
-@click.option("--data", metavar="FILE", help="The data as the tool is to find them; default: the planned file's name.")
+@click.option(
+    "--out",
+    shell_complete=completion.files,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where to write; default: export/TOOL.",
+)
+@click.option(
+    "--model",
+    shell_complete=completion.models,
+    metavar="PATH|ID",
+    help="The planned model, where the plan knows its name only.",
+)
+@click.option(
+    "--data",
+    shell_complete=completion.files,
+    metavar="FILE",
+    help="The data as the tool is to find them; default: the planned file's name.",
+)
 @click.option(
     "--experts", type=click.Choice(FORMS), help="Adapters of the experts where the tool has not the planned ones."
 )
