@@ -17,9 +17,12 @@ from lora_planner.commands.check import check
 from lora_planner.commands.compare import compare
 from lora_planner.commands.diagnose import diagnose
 from lora_planner.commands.export import export
+from lora_planner.commands.optional import runner as _runner
+from lora_planner.commands.optional import track as _track
+from lora_planner.commands.report import report
 from lora_planner.completion import completion, files, quantities
 from lora_planner.completion import gpus as gpu_names
-from lora_planner.errors import BadInput, EnvironmentMissing, LoraPlanError, UsageError
+from lora_planner.errors import BadInput, LoraPlanError, UsageError
 from lora_planner.options import (
     ADAPTER,
     FINE,
@@ -75,7 +78,7 @@ def main() -> None:
     """
 
 
-for command in (budget, check, compare, completion, diagnose, export):
+for command in (budget, check, compare, completion, diagnose, export, report):
     main.add_command(command)
 
 
@@ -303,56 +306,6 @@ def calibrate(as_json: bool, out: str, **words: Any) -> None:
 
 
 @main.command()
-@click.argument("journals", nargs=-1, metavar="[RUNS.jsonl]...")
-@click.option("--to", metavar="FILE", help="Write the page here instead of to the terminal.")
-@click.option("--claims", is_flag=True, help="Verdicts on the paper's claims instead, with pictures beside --to.")
-@click.option(
-    "--size", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Of the claims' runs."
-)
-def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -> None:
-    """How wrong the planner is: on public measurements, or, of RUNS.jsonl, on runs recorded here.
-
-    \b
-    lora-plan report --to reports/scoreboard.md
-    lora-plan report lora-plan-runs/runs.jsonl --to own-runs.md
-    lora-plan report reports/runs/cpu.jsonl --claims --to reports/verification.md
-    """
-    from lora_planner.record import merge, read_events
-
-    events = []
-    for name in journals:
-        if not Path(name).is_file():
-            raise BadInput("there is no such journal", name, "Run `lora-plan verify` first, or name its runs.jsonl.")
-        found, skipped = read_events(Path(name))
-        events += found
-        for number, why in skipped:
-            click.echo(f"lora-plan: skipped line {number} of {Path(name).name}: {why}", err=True)
-    if claims:
-        if not journals:
-            raise UsageError("--claims without a journal", "", "Name the runs.jsonl of `lora-plan verify CLAIM`.")
-        page = _claims_page(events, size, Path(to).parent if to else None)
-    elif journals:
-        from calibrate.score import scoreboard, scores
-        from calibrate.verdict import arm_table, arms
-
-        runs = list(merge(events).values())
-        parts = [scoreboard(scores(runs), runs), "## Held-out losses by learning rate", "", *arm_table(arms(runs))]
-        page = "\n".join(parts)
-    else:
-        _track()
-        from calibrate.track.page import record
-
-        page = record()
-    if to:
-        try:
-            Path(to).write_text(page.rstrip() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"cannot write the page: {error.strerror or error}", to, "Name another file.") from None
-    else:
-        click.echo(page)
-
-
-@main.command()
 @click.option(
     "--rows",
     "tables",
@@ -362,7 +315,13 @@ def report(journals: tuple[str, ...], to: str | None, claims: bool, size: str) -
     shell_complete=files,
     help="Measurements, in the columns of a table in calibrate/tables; may be given again.",
 )
-@click.option("--cases", "to", metavar="FILE.csv", help="Write every prediction beside its measurement here.")
+@click.option(
+    "--cases",
+    "to",
+    metavar="FILE.csv",
+    shell_complete=files,
+    help="Write every prediction beside its measurement here.",
+)
 @JSON
 def score(tables: tuple[str, ...], to: str | None, as_json: bool) -> None:  # fmt: skip
     """How wrong the planner is on published measurements that you have.
@@ -397,44 +356,6 @@ def score(tables: tuple[str, ...], to: str | None, as_json: bool) -> None:  # fm
         click.echo(render.to_json(render.envelope(render.plain(result), inputs={"rows": list(tables)})))
     else:
         render.show_scores(board, cases)
-
-
-def _track() -> tuple[Any, Any]:
-    """Modules that read tables of measurements and count errors, or what to install."""
-    try:
-        from calibrate import track
-        from calibrate.track import board
-    except ImportError as error:
-        raise EnvironmentMissing(f"{error.name} is not installed", "score", "pip install 'lora-plan[train]'") from None
-    return track, board
-
-
-def _runner() -> Any:
-    """The module that runs things, or what to install."""
-    try:
-        import runner.verify
-    except ImportError as error:
-        if error.name and error.name.split(".")[0] == "runner":
-            raise
-        raise EnvironmentMissing(f"{error.name} is not installed", "runner", "pip install 'lora-plan[train]'") from None
-    return runner.verify
-
-
-def _claims_page(events: list[Any], size: str, beside: Path | None) -> str:
-    """The page of verdicts; `beside`: where it will lie, with its pictures in figures/."""
-    _runner()
-    from calibrate.family import corrected
-    from calibrate.figures import draw
-    from calibrate.page import verification
-    from runner.claims import study
-
-    entries = corrected(study.entries(events, size, study.chosen(["all"])))
-    if beside:
-        (beside / "figures").mkdir(parents=True, exist_ok=True)
-        for entry in entries:
-            if entry.picture and entry.verdict.plot:
-                draw(entry.verdict.plot, beside / entry.picture)
-    return verification(entries, study.environment(events))
 
 
 def _verify_claims(names: tuple[str, ...], listing: bool, size: str | None, out: Path, as_json: bool) -> int:

@@ -23,6 +23,7 @@ from lora_planner.cli import Commands, main
 from lora_planner.commands.budget import budget
 from lora_planner.ledger import Estimate
 from lora_planner.pages import charts
+from lora_planner.pages.curves import capacity_curve
 from lora_planner.pages.document import Document, Facts, Figures, Heading, Prose, Signature, Table, Warnings
 from lora_planner.pages.html import html
 from lora_planner.pages.text import cell, csv_text, inert, markdown
@@ -34,7 +35,8 @@ H100 = "h100-sxm-80gb"
 #: what a page may consist of: nothing that loads, links, posts or runs
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "div", "b", "span", "dl", "dt", "dd", "table", "thead", "tbody",
-    "tr", "th", "td", "figure", "ul", "li", "code", "footer", "svg", "rect", "polyline", "circle", "text",
+    "tr", "th", "td", "figure", "ul", "li", "code", "footer", "svg", "rect", "polyline", "polygon",
+    "circle", "text",
 }  # fmt: skip
 
 
@@ -143,6 +145,8 @@ def test_the_page_says_everything(written: dict[str, Path]) -> None:
         assert word in page.text, word
     assert re.search(r"[0-9a-f]{64}", page.text)
     assert page.tags.count("svg") == 5
+    assert "Capacity against data: " in written["capacity.svg"].read_text()
+    assert "derived from the plan&#x27;s bits per trained token" in text
 
 
 def test_charts_are_inert_xml(written: dict[str, Path]) -> None:
@@ -151,7 +155,7 @@ def test_charts_are_inert_xml(written: dict[str, Path]) -> None:
         if name.endswith(".svg"):
             tree = ElementTree.fromstring(path.read_text())
             tags = {element.tag.split("}")[1] for element in tree.iter()}
-            assert tags <= {"svg", "title", "style", "rect", "polyline", "circle", "text"}, tags
+            assert tags <= {"svg", "title", "style", "rect", "polyline", "polygon", "circle", "text"}, tags
             for element in tree.iter():
                 assert not [key for key in element.keys() if key.startswith("on") or "href" in key]  # noqa: SIM118
 
@@ -281,10 +285,17 @@ def test_shapes_stay_on_the_paper() -> None:
             [("p", [("weights", -1.0), ("logits", 1e12)])], Estimate(1, 2, 3, "B", "fitted"), "p", 1e9, "z" * 99
         ),
         charts.capacity_bar(Estimate(0, 0, 0, "bit", "assumed"), Estimate(0, 1, 1e30, "bit", "fitted"), "contested"),
+        capacity_curve(
+            Estimate(0, 0, 1e30, "bit", "assumed"),
+            Estimate(0, 1, 1e30, "bit", "fitted"),
+            "x" * 200,
+            Estimate(1, 2, 1e30, "trained tokens", "exact"),
+            "y" * 200,
+        ),
     ]
     for d in drawings:
         for s in d.shapes:
-            if isinstance(s, charts.Line):
+            if isinstance(s, charts.Line | charts.Area):
                 xs, ys = [p[0] for p in s.points], [p[1] for p in s.points]
             elif isinstance(s, charts.Rect):
                 xs, ys = [s.x, s.x + s.width], [s.y, s.y + s.height]

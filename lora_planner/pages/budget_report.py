@@ -12,6 +12,7 @@ from lora_planner.budget import Budget, Item, Settings, Spread
 from lora_planner.facts import age_days
 from lora_planner.ledger import Estimate
 from lora_planner.pages.charts import Drawing, Range, capacity_bar, memory_bars, ranges
+from lora_planner.pages.curves import capacity_curve
 from lora_planner.pages.document import (
     Document,
     Facts,
@@ -284,7 +285,9 @@ def capacity_chart(sheet: Sheet) -> Drawing | None:
     if sheet.capacity is None:
         return None
     verdict, need, held = sheet.capacity
-    return capacity_bar(need, held, verdict)
+    if sheet.seen is None:
+        return capacity_bar(need, held, verdict)
+    return capacity_curve(need, held, verdict, sheet.seen, sheet.method)
 
 
 # ---------------------------------------------------------------- rows

@@ -80,6 +80,16 @@ class Text:
     bold: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A filled polygon: a band through which the grid shows, or with opacity 1 a marker."""
+
+    points: tuple[tuple[float, float], ...]
+    ink: str
+    opacity: float = 0.16
+    title: str = ""
+
+
 @dataclass(slots=True)
 class Drawing:
     """Shapes in the order in which they are drawn. `title` and `description` are what a screen reader says."""
@@ -88,7 +98,7 @@ class Drawing:
     description: str
     width: float
     height: float
-    shapes: list[Rect | Line | Dot | Text] = field(default_factory=list)
+    shapes: list[Rect | Line | Dot | Text | Area] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------- writing
@@ -110,7 +120,7 @@ def svg(d: Drawing, alone: bool = True) -> str:
     if alone:
         parts.append(f"<style>{dark_inks()}</style>")
         parts.append(_rect(Rect(0, 0, d.width, d.height, "paper")))
-    writers: dict[type, Callable[[Any], str]] = {Rect: _rect, Line: _line, Dot: _dot, Text: _text}
+    writers: dict[type, Callable[[Any], str]] = {Rect: _rect, Line: _line, Dot: _dot, Text: _text, Area: _area}
     parts += [writers[type(shape)](shape) for shape in d.shapes]
     return "\n".join([*parts, "</svg>"])
 
@@ -148,6 +158,12 @@ def _dot(dot: Dot) -> str:
     return f"{start}><title>{_quoted(dot.title)}</title></circle>" if dot.title else f"{start}/>"
 
 
+def _area(a: Area) -> str:
+    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in a.points)
+    start = f'<polygon points="{points}" fill="{INKS[a.ink][0]}" fill-opacity="{a.opacity:g}" class="f-{a.ink}"'
+    return f"{start}><title>{_quoted(a.title)}</title></polygon>" if a.title else f"{start}/>"
+
+
 def _text(t: Text) -> str:
     bold = ' font-weight="600"' if t.bold else ""
     return (f'<text x="{t.x:.2f}" y="{t.y:.2f}" font-size="{t.size:g}" text-anchor="{t.anchor}" '
@@ -160,7 +176,7 @@ def png(d: Drawing, path: str, dpi: int = 200) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-        from matplotlib.patches import Circle, Rectangle
+        from matplotlib.patches import Circle, Polygon, Rectangle
     except ImportError as error:
         raise EnvironmentMissing(
             f"{error.name} is not installed", "PNG", "pip install 'lora-plan[report]', or name a .svg file."
@@ -184,6 +200,8 @@ def png(d: Drawing, path: str, dpi: int = 200) -> None:
         elif isinstance(s, Dot):
             face, edge = (INKS["paper"][0], ink) if s.hollow else (ink, INKS["paper"][0])
             axes.add_patch(Circle((s.x, s.y), s.radius, facecolor=face, edgecolor=edge, linewidth=1.5, zorder=order))
+        elif isinstance(s, Area):
+            axes.add_patch(Polygon(s.points, facecolor=ink, edgecolor="none", alpha=s.opacity, zorder=order))
         else:
             # a name may hold a $, which would start a formula; a tenth smaller, as its font is wider than a browser's
             axes.text(s.x, s.y, one_line(s.text), color=ink, fontsize=s.size * 0.9, ha=sides[s.anchor],

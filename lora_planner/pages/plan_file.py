@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_planner import units
@@ -13,7 +13,7 @@ from lora_planner.checked import MAX_NUMBER, Node, plan_hash
 from lora_planner.checkpoint import read_argument
 from lora_planner.errors import BadInput, Infeasible, OverBudget
 from lora_planner.facts import COMMITMENTS, MAX_USD_PER_GPU_HOUR, Price
-from lora_planner.ledger import ASSUMED, EXACT, Estimate
+from lora_planner.ledger import ASSUMED, EXACT, Estimate, exact
 from lora_planner.recommend import SAME_COST
 from lora_planner.render import SCHEMA, interval
 
@@ -77,6 +77,7 @@ class Sheet:
     considered: str
     assumed: tuple[Assumed, ...]
     warnings: tuple[tuple[str, str, str], ...]
+    seen: Estimate | None  # what the need grows with: trained tokens, each once, or RL episodes
 
 
 def read(path: str) -> dict[str, Any]:
@@ -138,7 +139,17 @@ def sheet(document: Mapping[str, Any], where: str) -> Sheet:
         _considered(result),
         tuple(_assumed(top, result, plan)),
         tuple((w.at("code").text(), w.at("msg").text(), w.at("fix").text("")) for w in top.at("warnings")),
+        _seen(result),
     )
+
+
+def _seen(result: Node) -> Estimate | None:
+    """Trained tokens of one epoch, or episodes of all; None where the plan does not say."""
+    job, tokens = result.at("job"), result.at("data.trained_tokens")
+    if job.there and job.at("objective").value == "rl":
+        episodes = job.at("problems").number(1) * job.at("group").number(1) * job.at("epochs").number(1e-6)
+        return exact(episodes, "episodes")
+    return replace(tokens.estimate(positive=True), unit="trained tokens") if tokens.there else None
 
 
 def _part(result: Node, plan: Node) -> Part:
