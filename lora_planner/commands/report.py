@@ -42,7 +42,9 @@ CURVES = (
 
 @click.command()
 @click.argument("journals", nargs=-1, metavar="[RUNS.jsonl]...", shell_complete=files)
-@click.option("--to", metavar="FILE", shell_complete=files, help="Write the page here instead of to the terminal.")
+@click.option(
+    "--markdown", "--to", "to", metavar="FILE", shell_complete=files, help="The page, instead of on the terminal."
+)
 @click.option(
     "--html",
     "html_file",
@@ -66,9 +68,9 @@ def report(journals: tuple[str, ...], to: str | None, html_file: str | None, plo
     """How wrong the planner is: on public measurements, or, of RUNS.jsonl, on runs recorded here.
 
     \b
-    lora-plan report --to reports/scoreboard.md
-    lora-plan report lora-plan-runs/runs.jsonl --to own-runs.md --html own-runs.html --plot sweep.svg
-    lora-plan report reports/runs/cpu.jsonl --claims --to reports/verification.md
+    lora-plan report --markdown reports/scoreboard.md
+    lora-plan report lora-plan-runs/runs.jsonl --markdown own-runs.md --html own-runs.html --plot sweep.svg
+    lora-plan report reports/runs/cpu.jsonl --claims --markdown reports/verification.md
     """
     from lora_planner.record import merge, read_events
 

@@ -79,7 +79,7 @@ def document(
     d.add(Heading("Time and cost"))
     d.add(Figure([time_chart(b, sheets), total_chart(b, limit_usd)]))
     for sheet in sheets:
-        d.add(Heading("Memory and capacity" + (f": {sheet.part.model}" if len(sheets) > 1 else "")))
+        d.add(Heading("Memory and capacity" + (f": {sheet.part.model} on {sheet.part.gpu}" if len(sheets) > 1 else "")))
         charts = [memory_chart(sheet), capacity_chart(sheet)]
         d.add(Figure([chart for chart in charts if chart]))
         peak = f"Memory by phase: at its peak, in {sheet.peak_phase}, {interval(sheet.peak, units.gib)} of {units.gib(sheet.card_bytes)}; it fits "
@@ -116,7 +116,7 @@ def _bought(sheet: Sheet, number: int | None) -> Iterator[Any]:
         ("batch", f"{sheet.batch}; {sheet.steps:,.0f} steps"), ("GPU", sheet.part.gpu),
         ("one run", f"{interval(sheet.part.run_s, units.duration)} ({sheet.part.run_s.basis})"),
         ("loss", f"{interval(sheet.penalty, units.percent)} above full fine-tuning, predicted ({sheet.penalty.basis})"),
-        ("why", "; ".join(sheet.reasons)), ("plan", f"sha256 {sheet.sha256}, of inputs {sheet.inputs}"),
+        ("why", "; ".join(sheet.reasons)), ("plan", f"sha256 {sheet.sha256}"),
     ])  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def assumptions(b: Budget, sheets: Sequence[Sheet], today: date) -> Iterator[Ass
     yield Assumed("kept on disk", f"{s.checkpoints} checkpoints a final run, {s.months:g} months; a base at 2 B a parameter", "assumed", "ours", "",
                   "--checkpoints, --months")  # fmt: skip
     for sheet in sheets:
-        first = f"{sheet.part.model}: " if len(sheets) > 1 else ""
+        first = f"{sheet.part.model} on {sheet.part.gpu}: " if len(sheets) > 1 else ""
         for a in sheet.assumed:
             yield Assumed(first + a.what, a.value, a.basis, a.source, a.as_of, a.change)
 
@@ -311,7 +311,8 @@ def rows(b: Budget, sheets: Sequence[Sheet], others: Sequence[Elsewhere], today:
     found += [line("cost", "contingency", unit="USD", p50=b.contingency_usd, basis=b.basis),
               line("cost", "to approve", unit="USD", p50=b.approve_usd, basis=b.basis)]  # fmt: skip
     for budget in (b, *(o.budget for o in others if o.budget)):
-        found += [line("offer", "without storage", o.usd, gpu=o.price.gpu, provider=f"{o.price.provider}, {o.price.commitment}",
+        storage = "with storage" if len({row.gpu for row in budget.used}) == 1 else "without storage"
+        found += [line("offer", storage, o.usd, gpu=o.price.gpu, provider=f"{o.price.provider}, {o.price.commitment}",
                        detail=f"{o.price.usd_per_gpu_hour:g} USD/h, {o.age_days} days old{', stale' if o.stale else ''}", basis=o.price.basis,
                        source=o.price.source, as_of=o.price.as_of.isoformat()) for o in budget.offers]  # fmt: skip
     found += [line("alternative", o.plan or o.gpu, gpu=o.gpu, detail=o.reason) for o in others if o.budget is None]

@@ -55,7 +55,6 @@ class Sheet:
     data: str
     method: str
     sha256: str  # checked.plan_hash
-    inputs: str  # the first digits by which exported files name the plan
     parameters: float
     trainable: float
     adapter_bytes: float
@@ -116,7 +115,6 @@ def sheet(document: Mapping[str, Any], where: str) -> Sheet:
         _data(result),
         method_text(plan.at("method")),
         plan_hash(result.value),
-        top.at("inputs_sha256").text("")[:12],
         plan.at("params.total").number(1),
         plan.at("params.trainable").number(1),
         plan.at("params.file_bytes").number(),
