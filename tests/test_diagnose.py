@@ -487,7 +487,7 @@ def test_the_whole_of_it_as_a_user_types_it(tmp_path: Path) -> None:
     document = json.loads(cli(*words, "--json", "--plot", tmp_path / "a.png").output)
     assert document["result"]["findings"][0]["detail"] == "too low"
     assert document["result"]["gap"]["lag"]["low"] < 3.3
-    assert (tmp_path / "a.svg").read_text().count("predicted end of the run") == 1
+    assert (tmp_path / "a.svg").read_text().count(">predicted end of the run</text>") == 1
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -542,8 +542,8 @@ def test_rewards_are_no_likelihoods(tmp_path: Path) -> None:
     assert any("policy gradient" in text for text in d.cannot)
 
 
-def test_it_runs_where_nothing_is_installed() -> None:
-    """The base install has no numpy, torch, yaml or matplotlib: a diagnosis needs none, a picture says what to install."""
+def test_it_runs_where_nothing_is_installed(tmp_path: Path) -> None:
+    """The base install has no numpy, torch, yaml or matplotlib: a diagnosis and an SVG need none, a PNG says what to install."""
     blocked = ["numpy", "scipy", "torch", "transformers", "peft", "yaml", "matplotlib", "pandas"]
     script = (f"import sys\nfor n in {blocked!r}: sys.modules[n] = None\nfrom lora_planner.commands.diagnose import diagnose\n"
               "diagnose(sys.argv[1:])")  # fmt: skip
@@ -552,13 +552,11 @@ def test_it_runs_where_nothing_is_installed() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "hygiene" in done.stdout
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(STATE), "--plot", "/tmp/x.svg"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    words = [sys.executable, "-c", script, str(STATE), "--plot"]
+    done = subprocess.run([*words, str(tmp_path / "x.svg")], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+    done = subprocess.run([*words, str(tmp_path / "x.png")], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "lora-plan[report]" in done.stderr
 
 

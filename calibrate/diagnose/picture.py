@@ -1,4 +1,4 @@
-"""The curves of a diagnosis as a record.Plot; calibrate.figures draws it."""
+"""The curves of a diagnosis as a record.Plot; pages.curves draws it."""
 
 from __future__ import annotations
 

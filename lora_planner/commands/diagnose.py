@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_planner import completion
-from lora_planner.errors import BadInput, EnvironmentMissing, UsageError
+from lora_planner.errors import BadInput, UsageError
 from lora_planner.options import JSON, options
 
 if TYPE_CHECKING:
@@ -140,17 +140,11 @@ def _planner(log: Log, recipe: Recipe | None, model_name: str | None, data: str 
 
 
 def _draw(found: Diagnosis, planner: Planner, path: str) -> None:
-    from calibrate import figures
     from calibrate.diagnose import picture
+    from lora_planner.pages.curves import curve
+    from lora_planner.pages.text import plot
 
-    try:
-        figures.draw(picture.plot(found, planner.holds.penalty if planner.holds else None), Path(path))
-    except ImportError as error:
-        raise EnvironmentMissing(
-            f"{error.name} is not installed", "--plot", "pip install 'lora-plan[report]'"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"cannot write the picture: {error.strerror or error}", path, "Name another file.") from None
+    plot(path, curve(picture.plot(found, planner.holds.penalty if planner.holds else None)))
 
 
 # ---------------------------------------------------------------- output
