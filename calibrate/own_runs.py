@@ -17,13 +17,12 @@ import numpy as np
 
 from calibrate.curves import BESIDE, Optimum, best_rate
 from calibrate.diagnose.picture import averaged
-from calibrate.score import QUANTITIES, WORST, error, half_widths, model_miss
 from calibrate.stats import ratio_interval
 from calibrate.verdict import SMALLEST_MEASURED, Arm, arms
 from lora_planner import capacity, units
 from lora_planner.arch import from_config
 from lora_planner.ledger import Estimate
-from lora_planner.record import DIVERGED, OOM, Plot, RunRecord, Score, Series
+from lora_planner.record import DIVERGED, OOM, Plot, RunRecord, Series
 from lora_planner.render import interval
 
 #: points of a parabola have lost at most this share of the best gain, as in runner/claims/lab.py
@@ -38,53 +37,6 @@ Losses = Mapping[float, float | None]
 
 
 # ---------------------------------------------------------------- predicted against measured
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """One quantity on one device: measured / predicted from the 5 to the 95 % quantile, and errors."""
-
-    quantity: str
-    stack: str
-    device: str
-    n: int
-    ratio: Estimate
-    median_error: float
-    worst_error: float
-    covered: int
-    fitted: int
-
-
-def accuracy(found: Iterable[Score]) -> list[Accuracy]:
-    """Rows in the order of the scoreboard."""
-    groups: dict[tuple[int, str, str], list[Score]] = defaultdict(list)
-    for score in found:
-        groups[QUANTITIES.index(score.quantity), score.stack, score.gpu].append(score)
-    rows = []
-    for (place, stack, device), some in sorted(groups.items()):
-        ratios, errors = [s.ratio for s in some], [error(s) for s in some]
-        low, high = (float(np.quantile(ratios, q)) for q in (0.05, 0.95))
-        middle = Estimate(low, statistics.median(ratios), high, "measured / predicted", "exact")
-        rows.append(Accuracy(QUANTITIES[place], stack, device, len(some), middle, statistics.median(errors), max(errors),
-                             sum(s.covered for s in some), sum(s.fitted for s in some)))  # fmt: skip
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Miss:
-    """A measurement outside its interval. `widths`: how many of the interval's half-widths it is off."""
-
-    score: Score
-    widths: float
-    contradicts: bool
-
-
-def misses(found: Sequence[Score]) -> tuple[list[Miss], int]:
-    """The worst ones, with every one that contradicts its prediction; and how many more there are."""
-    every = [Miss(s, half_widths(s.predicted, s.measured), model_miss(s)) for s in found if not s.covered]
-    every.sort(key=lambda m: (-m.widths, m.score.key))
-    shown = every[: max(WORST, sum(m.contradicts for m in every))]
-    return shown, len(every) - len(shown)
 
 
 def out_of_memory(runs: Iterable[RunRecord]) -> list[tuple[str, str, Estimate | None]]:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lora_planner.errors import UnknownName
 from lora_planner.facts import CPU, gpu
@@ -121,23 +122,77 @@ def scoreboard(found: Sequence[Score], runs: Iterable[RunRecord]) -> str:
     ])  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """One quantity on one device: measured / predicted from the 5 to the 95 % quantile, and errors."""
+
+    quantity: str
+    stack: str
+    device: str
+    n: int
+    ratio: Estimate
+    median_error: float
+    worst_error: float
+    covered: int
+    fitted: int
+
+
+def accuracy(found: Iterable[Score]) -> list[Accuracy]:
+    """Rows in the order of the scoreboard."""
+    groups: dict[tuple[int, str, str], list[Score]] = defaultdict(list)
+    for score in found:
+        groups[QUANTITIES.index(score.quantity), score.stack, score.gpu].append(score)
+    rows = []
+    for (place, stack, device), some in sorted(groups.items()):
+        ratios, errors = [s.ratio for s in some], [error(s) for s in some]
+        low, high = ends(ratios)
+        middle = Estimate(low, statistics.median(ratios), high, "measured / predicted", "exact")
+        rows.append(Accuracy(QUANTITIES[place], stack, device, len(some), middle, statistics.median(errors), max(errors),
+                             sum(s.covered for s in some), sum(s.fitted for s in some)))  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A measurement outside its interval. `widths`: how many of the interval's half-widths it is off."""
+
+    score: Score
+    widths: float
+    contradicts: bool
+
+
+def misses(found: Sequence[Score]) -> tuple[list[Miss], int]:
+    """The worst ones, with every one that contradicts its prediction; and how many more there are."""
+    every = [Miss(s, half_widths(s.predicted, s.measured), model_miss(s)) for s in found if not s.covered]
+    every.sort(key=lambda m: (-m.widths, m.score.key))
+    shown = every[: max(WORST, sum(m.contradicts for m in every))]
+    return shown, len(every) - len(shown)
+
+
+def ends(ratios: Sequence[float]) -> tuple[float, float]:
+    """The 5 and 95 % quantiles, straight between measurements.
+
+    >>> ends([1.0]), ends([0.0, 1.0])
+    ((1.0, 1.0), (0.05, 0.95))
+    """
+    if len(ratios) < 2:
+        return ratios[0], ratios[0]
+    cuts = statistics.quantiles(ratios, n=20, method="inclusive")
+    return cuts[0], cuts[-1]
+
+
 def _table(found: Sequence[Score]) -> list[str]:
     lines = [
         "| quantity | stack | device | n | median ratio | median error | worst error | covered | fed a fit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[str, str, str], list[Score]] = defaultdict(list)
-    for score in found:
-        groups[score.quantity, score.stack, score.gpu].append(score)
-    for (quantity, stack, device), some in groups.items():
-        errors = [error(s) for s in some]
-        covered = sum(s.covered for s in some)
-        lines.append(
-            f"| {quantity} | {stack} | {device} | {len(some)} | {statistics.median(s.ratio for s in some):.3f} "
-            f"| {statistics.median(errors):.1%} | {max(errors):.1%} | {covered} of {len(some)} "
-            f"| {sum(s.fitted for s in some)} of {len(some)} |"
-        )
-    return lines if groups else ["Nothing was both predicted and measured."]
+    rows = accuracy(found)
+    lines += [
+        f"| {a.quantity} | {a.stack} | {a.device} | {a.n} | {a.ratio.value:.3f} | {a.median_error:.1%} | {a.worst_error:.1%} "
+        f"| {a.covered} of {a.n} | {a.fitted} of {a.n} |"
+        for a in rows
+    ]
+    return lines if rows else ["Nothing was both predicted and measured."]
 
 
 def _statuses(runs: Sequence[RunRecord]) -> list[str]:
@@ -148,17 +203,15 @@ def _statuses(runs: Sequence[RunRecord]) -> list[str]:
 
 def _misses(found: Sequence[Score], runs: Sequence[RunRecord]) -> list[str]:
     """Contradictions first, then what is farthest outside its interval, then runs that died for memory."""
-    off = sorted(((half_widths(s.predicted, s.measured), s) for s in found), key=lambda pair: -pair[0])
-    missed = [(widths, s) for widths, s in off if not s.covered]
-    shown = missed[: max(WORST, sum(model_miss(s) for _, s in missed))]
+    shown, more = misses(found)
     lines = [
-        f"- {MODEL_MISS + ' ' if model_miss(s) else ''}`{s.key}` {s.label}: {s.quantity} predicted "
-        f"{_number(s.quantity, s.predicted.value)} [{_number(s.quantity, s.predicted.low)}, "
-        f"{_number(s.quantity, s.predicted.high)}], measured {_number(s.quantity, s.measured)}"
-        for _, s in shown
+        f"- {MODEL_MISS + ' ' if m.contradicts else ''}`{m.score.key}` {m.score.label}: {m.score.quantity} predicted "
+        f"{_number(m.score.quantity, m.score.predicted.value)} [{_number(m.score.quantity, m.score.predicted.low)}, "
+        f"{_number(m.score.quantity, m.score.predicted.high)}], measured {_number(m.score.quantity, m.score.measured)}"
+        for m in shown
     ]
-    if len(missed) > len(shown):
-        lines.append(f"- and {len(missed) - len(shown)} more outside their interval")
+    if more:
+        lines.append(f"- and {more} more outside their interval")
     for run in runs:
         if run.status == OOM:
             peak = run.predicted.get("peak_bytes")

@@ -15,7 +15,8 @@ from lora_planner.errors import BadInput, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from calibrate.own_runs import Accuracy, Group, Miss
+    from calibrate.own_runs import Group
+    from calibrate.score import Accuracy, Miss
     from lora_planner.pages.charts import Drawing
     from lora_planner.pages.document import Block, Document
     from lora_planner.record import Plot, RunRecord, Score
@@ -174,6 +175,7 @@ def _document(
     damaged: Sequence[tuple[str, str, str]],
 ) -> Document:  # fmt: skip
     """The page of own runs: its numbers are those of calibrate/own_runs.py."""
+    from calibrate.score import accuracy
     from calibrate.verdict import noise_floor
     from lora_planner import __version__
     from lora_planner.pages.document import Document, Figure, Figures, Heading, Prose, Table, Warnings
@@ -188,7 +190,7 @@ def _document(
     if damaged:
         d.add(Warnings(damaged))
     d.add(Heading("Predicted against measured"))
-    rows = own.accuracy(known)
+    rows = accuracy(known)
     if rows:
         d.add(Figure(_ratios(rows)), _accuracy_table(rows), Prose(RATIOS, quiet=True))
     else:
@@ -249,10 +251,11 @@ def _accuracy_table(rows: Sequence[Accuracy]) -> Block:
 
 
 def _misses(own: Any, runs: Sequence[RunRecord], known: Sequence[Score]) -> list[Block]:
+    from calibrate.score import misses
     from lora_planner.pages.document import Prose, Table
     from lora_planner.render import interval
 
-    found, more = own.misses(known)
+    found, more = misses(known)
     rows = [_miss(miss) for miss in found]
     strong = frozenset(i for i, miss in enumerate(found) if miss.contradicts)
     for key, label, peak in own.out_of_memory(runs):
