@@ -136,7 +136,7 @@ def cells_of(name: str, job: Job, methods: Sequence[str]) -> list[Cell]:
     check(job)
     try:
         need = job.need()
-        per_rank = trainable_params(job.model, method("lora", 512)) / 512
+        per_rank = trainable_params(job.model, method("lora", 512, experts=job.experts)) / 512
         rank_ = capacity.recommend_rank(need, job.model.total, per_rank).rank
         batch = recommend_batch(job.data.examples, job.epochs, max(1, job.data.p50)).batch
         tried = list(candidates(job, rank_, batch))

@@ -75,6 +75,12 @@ TERMS: dict[str, dict[str, Any]] = {
     "--max-length": {"type": int, "help": "Longest sample in tokens; longer ones are cut."},
     "--epochs": {"type": float, "default": 1.0, "show_default": True},
     "--deadline": {"type": float, "metavar": "HOURS"},
+    "--experts": {
+        "type": click.Choice(EXPERTS),
+        "default": "per-expert-over-active",
+        "show_default": True,
+        "help": "Adapters of a mixture.",
+    },
     "--first-epoch-loss": {"type": float, "metavar": "NATS", "help": "Measured, per trained token: sharpens capacity."},
     "--rl": {"is_flag": True, "help": "Reinforcement learning with a verifiable reward."},
     "--problems": {"type": int, "help": "RL: problems in the data."},
@@ -231,4 +237,5 @@ def job_of(words: dict[str, Any]) -> Job:
         words["group"],
         words["pass_rate"],
         sampling,
+        words["experts"],
     )

@@ -15,7 +15,7 @@ from lora_planner.ledger import ASSUMED, DERIVED, EXACT, Estimate, Ledger, Term
 from lora_planner.lengths import clipped, expected_longest
 from lora_planner.memory import MemoryPlan, memory, p_fit
 from lora_planner.memory import constants as memory_constants
-from lora_planner.method import Method
+from lora_planner.method import DEFAULT_EXPERTS, Method
 from lora_planner.method.targets import adapter_table
 from lora_planner.model import Model
 from lora_planner.params import adapter_ledger, file_bytes, stored_params, trainable_params
@@ -261,6 +261,7 @@ class Job:
     group: int = 0
     pass_rate: float | None = None
     sampling: rollout.Sampling | None = None
+    experts: str = DEFAULT_EXPERTS  # how a mixture's experts are adapted
     _lengths: dict[int, float] = field(default_factory=dict)
 
     @property

@@ -76,7 +76,7 @@ def recommend(job: Job) -> Advice:
     """Search every method, target set, rank, micro-batch and checkpointing over the job's GPUs."""
     check(job)
     need = job.need()
-    per_rank = trainable_params(job.model, method("lora", 512)) / 512
+    per_rank = trainable_params(job.model, method("lora", 512, experts=job.experts)) / 512
     rank = capacity.recommend_rank(need, job.model.total, per_rank)
     batch = batches.recommend_batch(job.data.examples, job.epochs, max(1, job.data.p50))
     feasible: list[tuple[tuple[float, ...], Priced]] = []
@@ -126,7 +126,7 @@ def candidates(job: Job, rank: int, batch: int) -> Iterator[Configuration]:
     seen: set[Method] = set()
     for name, targets, r in product(METHODS, TARGETS, ranks):
         try:
-            chosen = method(name, r, targets=(targets,))
+            chosen = method(name, r, targets=(targets,), experts=job.experts)
             trainable_params(job.model, chosen)
         except UnsupportedAdapter:
             continue  # a rank wider than a narrow model, or a model without this kind of matrix

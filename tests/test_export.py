@@ -595,6 +595,26 @@ def test_an_rl_plan_becomes_grpo(tmp_path: Path) -> None:
     assert training.num_generations == 16
 
 
+@pytest.mark.parametrize(("experts", "tool"), [("fused", "trl"), ("none", "llamafactory")])
+def test_a_plan_with_what_the_tool_can_be_told_needs_no_choice(experts: str, tool: str, tmp_path: Path) -> None:
+    """`recommend --experts` plans a mixture in a form of the trainer, which export then writes as it is."""
+    plan = run(
+        "recommend",
+        "--model",
+        "qwen3-30b-a3b",
+        "--tokens",
+        "1M",
+        "--gpu",
+        "h200-sxm-141gb",
+        "--experts",
+        experts,
+        "--json",
+    ).stdout
+    assert json.loads(plan)["result"]["recommended"]["method"]["experts"] == experts
+    (tmp_path / "plan.json").write_text(plan)
+    assert run("export", str(tmp_path / "plan.json"), "--to", tool, "--out", str(tmp_path)).exit_code == 0
+
+
 def test_a_plan_whose_engine_samples_says_so_to_grpo(tmp_path: Path) -> None:
     """TRL's default lets the trainer generate; the plan's time is that of vLLM beside it, asleep while it trains."""
     words = [
