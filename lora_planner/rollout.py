@@ -13,7 +13,7 @@ that a few long ones run alone in the end; where not all fit into the memory, th
 
 The constants are rows of `data/rollout_constants.json` by engine. Those of vLLM's kernels are fitted; what the
 engine adds, and how lengths spread, is assumed. A change of `kernel_s`, `matrices`, `experts` or `attention` asks for
-a new fit: tests/test_rollout.py does it.
+a new fit: python -m calibrate.rollout.
 
 Letters: B sequences in flight, N samples of a step, m their mean length in generated tokens.
 """
@@ -438,7 +438,7 @@ def segments(samples: int, at_once: int, s: Sampling, sigma: float, leave: bool 
     for i in range(bins):
         until = quantile(s.answer, sigma, (i + 0.5) / bins, limit)
         if until > done:
-            found.append(Segment(last * (1 - i / bins), s.prompt + (done + until) / 2, until - done))
+            found.append(Segment(last * (bins - i) / bins, s.prompt + (done + until) / 2, until - done))
             done = until
     if longest > done:
         found.append(Segment(1.0, s.prompt + (done + longest) / 2, longest - done))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import pytest
 import test_arch
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from calibrate import rollout as fits
 from lora_planner.cli import main
 from lora_planner.errors import UnknownName
 from lora_planner.facts import gpu
@@ -33,11 +32,8 @@ from lora_planner.rollout import (
     Sampling,
     cache_bytes,
     card,
-    constants,
     decode_step,
-    distinct,
     kept,
-    kernel_s,
     loaded,
     rollout,
     segments,
@@ -48,97 +44,21 @@ BASE = (("weights", 16e9),)
 NOTHING = Loaded(0.0, 0.0, (), 0, 0, 0, 0, 0.0)
 LORA = method("lora", 8)
 STACK = stack("hf-trl", gpu("h100-sxm-80gb"))
-GOLDEN = Path(__file__).parent / "golden" / "decode_kernels.csv"
-
-
-class Kernel(NamedTuple):
-    """One measured kernel of vLLM in bf16: bytes and FLOPs that our formulas say it needs, and its seconds."""
-
-    gpu: str
-    kind: str
-    moved: float
-    flops: float
-    seconds: float
-    label: str
-
-
-def measured() -> list[Kernel]:
-    """Single kernels of vLLM timed by NVIDIA. Source: aiconfigurator-core 0.12.0 (PyPI, Apache-2.0), systems/data,
-    gemm_perf, generation_attention_perf and moe_perf (power_law_1.2); a selection of shapes, copied as numbers.
-
-    gemm: a x c times c x b. attention: a sequences of b tokens, c heads, d of keys, width e. experts: a tokens,
-    hidden b, inner c, top d of e.
-    """
-    found = []
-    with GOLDEN.open() as file:
-        for row in csv.DictReader(line for line in file if not line.startswith("#")):
-            a, b, c, d, e = (int(row[x] or 0) for x in "abcde")
-            if row["kind"] == "gemm":
-                need = 2.0 * (b * c + a * (b + c)), 2.0 * a * b * c
-            elif row["kind"] == "attention":
-                need = 2.0 * a * b * 2 * d * e, 4.0 * a * b * c * e
-            else:
-                need = 2.0 * distinct(e, d, a) * 3 * b * c, 2.0 * a * d * 3 * b * c
-            found.append(Kernel(row["gpu"], row["kind"], *need, float(row["us"]) * 1e-6, ",".join(row.values())))
-    return found
-
-
-def seconds(k: Kernel, memory: float, compute: float, fixed: float) -> float:
-    card = gpu(k.gpu)
-    return kernel_s(k.moved, k.flops, card.hbm_bytes_per_s * memory, card.peak("bf16") * compute)[0] + fixed
-
-
-def fit(kernels: Sequence[Kernel], compute: float | None = None) -> tuple[float, float, float]:
-    """Efficiency of memory and of compute, and fixed seconds, a microsecond or more: least sum of |ln predicted / measured|,
-    by steps that halve."""
-
-    def loss(p: Sequence[float]) -> float:
-        return sum(abs(math.log(seconds(k, *p) / k.seconds)) for k in kernels)
-
-    at, best, size = [0.8, compute or 0.7, 5e-6], math.inf, 0.5
-    best = loss(at)
-    while size > 0.004:
-        moved = False
-        for i in (0, 2) if compute else (0, 1, 2):
-            for factor in (math.exp(size), math.exp(-size)):
-                tried = [x * factor if j == i else x for j, x in enumerate(at)]
-                tried[2] = max(tried[2], 1e-6)
-                if (now := loss(tried)) < best - 1e-12:
-                    at, best, moved = tried, now, True
-        if not moved:
-            size /= 2
-    return at[0], at[1], at[2]
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def errors(kernels: Sequence[Kernel], p: tuple[float, float, float]) -> list[float]:
-    return [abs(math.log(seconds(k, *p) / k.seconds)) for k in kernels]
-
-
-NAMES = {"gemm": ("matrix_efficiency", "product_s"), "attention": ("cache_efficiency", "attention_s"),
-         "experts": ("expert_efficiency", "experts_s")}  # fmt: skip
-CARDS = sorted({k.gpu for k in measured()})
 
 
 # ---------------------------------------------------------------- golden: kernels timed by others
 
 
-@pytest.mark.parametrize("card", ["*", *CARDS])
-def test_the_rows_are_the_fit(card: str) -> None:
-    """Who changes a formula or a row has to fit again: the packaged efficiencies are what the timings give."""
-    known = constants(VLLM, card)
-    some = [k for k in measured() if card in ("*", k.gpu)]
-    compute = fit([k for k in some if k.kind == "gemm"])[1]
-    for kind, (efficiency, fixed) in NAMES.items():
-        here = [k for k in some if k.kind == kind]
-        memory, least, seconds_ = fit(here, None if kind == "gemm" else compute)
-        assert known[efficiency].value == pytest.approx(memory, rel=1e-3), kind
-        assert known[fixed].value == pytest.approx(seconds_, rel=1e-3), kind
-        if kind == "gemm":
-            assert known["compute_efficiency"].value == pytest.approx(least, rel=1e-3)
+def test_the_packaged_rows_are_the_fit() -> None:
+    """Who changes a formula or a row has to run `python -m calibrate.rollout`: the packaged rows are what it writes."""
+    packaged = [row for row in json.loads(fits.OUT.read_text())["constants"] if row["basis"] == "fitted"]
+    found = [asdict(row) for row in fits.constant_rows()]
+    assert [row["name"] + row["gpu"] for row in packaged] == [row["name"] + row["gpu"] for row in found]
+    for old, new in zip(packaged, found, strict=True):
+        assert (old["n"], old["source"]) == (new["n"], new["source"])
+        assert [old[x] for x in ("low", "value", "high")] == pytest.approx(
+            [new[x] for x in ("low", "value", "high")], rel=1e-3
+        )
 
 
 #: kind of kernel -> the most that the median error may be where a card was left out of the fit
@@ -148,13 +68,7 @@ LEFT_OUT = {"gemm": 0.10, "attention": 0.20, "experts": 0.20}
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_a_card_nobody_fitted_on(kind: str) -> None:
     """Each of five cards left out in turn: errors over all of them."""
-    found = []
-    for left in CARDS:
-        others = [k for k in measured() if k.gpu != left]
-        compute = None if kind == "gemm" else fit([k for k in others if k.kind == "gemm"])[1]
-        p = fit([k for k in others if k.kind == kind], compute)
-        found += errors([k for k in measured() if k.gpu == left and k.kind == kind], p)
-    assert median(found) < LEFT_OUT[kind], f"median {median(found):.3f}"
+    assert median(fits.left_out(kind)) < LEFT_OUT[kind]
 
 
 #: ms of vLLM's whole MLA module of DeepSeek-V3 at 2048 and at 8192 tokens: heads, sequences.
@@ -273,7 +187,7 @@ def step_s(name: str, sequences: float, context: float, c: Card, engine: str = V
     return sum(decode_step(loaded(model(name)), kept(model(name), engine), sequences, context, c, engine).values())
 
 
-@given(MODELS, st.integers(1, 400), st.integers(1, 400), st.integers(1, 30_000), st.sampled_from(CARDS))
+@given(MODELS, st.integers(1, 400), st.integers(1, 400), st.integers(1, 30_000), st.sampled_from(fits.cards()))
 def test_a_step_of_more_is_no_faster_and_a_token_of_more_no_dearer(
     name: str, one: int, more: int, context: int, on: str
 ) -> None:
@@ -305,6 +219,7 @@ def test_more_memory_is_never_slower(name: str, samples: int, answer: float, sha
 
 
 @given(st.integers(1, 2000), st.integers(1, 600), st.floats(20, 5000), st.sampled_from([0.25, 0.5, 1.0]))
+@example(5, 5, 20.0, 0.25)  # 5 * (1 - 4 / 5) is below 1
 def test_every_token_is_sampled_once(samples: int, at_once: int, answer: float, sigma: float) -> None:
     """Sequences times steps is samples times their mean length, but for the grid of quantiles and the limit."""
     parts = segments(samples, min(samples, at_once), Sampling(0, answer, 8, limit=1e8), sigma)
