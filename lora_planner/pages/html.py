@@ -61,7 +61,7 @@ code{font-family:ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 footer{margin-top:2.5rem;color:var(--soft);font-size:.8rem;overflow-wrap:anywhere}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e6e8ea;--soft:#a3abb4;--line:#343a41;
 --band:#1d2126;--accent:#56a8e0;--alarm:#ff8a80}}
-@media (max-width:34rem){main{padding:1.25rem 1rem 2rem}h1{font-size:1.35rem}
+@media (max-width:34rem){main{padding:1.25rem 1rem 2rem}.w{min-width:6rem}th,.k{white-space:normal}h1{font-size:1.35rem}
 .stack thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .stack,.stack tbody,.stack tr,.stack td{display:block}
 .stack tr{padding:.55rem 0;border-bottom:1px solid var(--line)}
