@@ -277,8 +277,7 @@ UNCLEAR = {
     "C09": {"noise": other(rate_noise=0.3, short_lora=1.5), "no rate moves": other(short_full=1.0, short_lora=1.0)},
     "C10": {"noise": other(noise=0.1), "all leave together": other(leaves=0.3, leaves_second=0.3, noise=0.004)},
     "C11": {"noise": other(bits_noise=0.4), "the low end": other(bits=1.55, bits_noise=0.1), "the high end": other(bits=2.5, bits_noise=0.1),
-            "still learning": other(grown=0.3), "the lowest rate is best": other(bits_rate=memorised_bits.RATES[0]),
-            "the highest rate is best": other(bits_rate=memorised_bits.RATES[-1])},
+            "still learning": other(grown=0.3)},
     "C13": {"noise": other(noise=0.05)},
     "C16": {"noise": other(noise=0.03), "hardly a slope": other(doubling=(-0.001, -0.001), noise=0.002)},
     "C17": {"noise": other(noise=0.1)},
@@ -290,6 +289,17 @@ UNCLEAR = {
     "C23": {"one is out of order": other(everywhere=0.1)},
     "MOE": {"noise": other(noise=0.02, no_experts=0.2)},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_bits_are_read_off_beyond_an_end_that_is_the_best(end: int) -> None:
+    """C11's grid grows by a factor of 2 until the best rate lies inside it, in every seed."""
+    law = other(bits_rate=memorised_bits.RATES[end])
+    assert CLAIMS["C11"].verdict(list(begun("C11", law)), "cpu").status == UNDECIDED
+    new = {(spec.lr, spec.seed) for spec in left("C11", begun("C11", law)) if spec.init == "pretrained"}
+    assert new == {(memorised_bits.RATES[end] * (2 if end else 0.5), seed) for seed in memorised_bits.SEEDS}
+    assert judged("C11", law).status == HOLDS
+    assert not left("C11", played("C11", law))
 
 
 @pytest.mark.parametrize(("name", "what"), [(name, what) for name, laws in UNCLEAR.items() for what in laws])

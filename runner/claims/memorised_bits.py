@@ -16,6 +16,7 @@ from runner.claims.shared import count
 SEEDS = (21, 22, 23)
 RANKS = (1, 4)
 RATES = (8e-4, 1.6e-3, 3.2e-3)
+MOST_RATES = 8
 FACTS, VALUE, BATCH, EXPOSURES = 150, 8, 50, 500  # facts and samples a step, per rank; tokens of a value
 ACCEPTED = (1.7, 2.75)
 PLATEAU = 0.1
@@ -25,7 +26,7 @@ PUBLISHED = ("1.71 to 2.75 bits at rank 1 to 16 on 2M and 8M bases (Tan); 0.05 t
              "2 in full training with 1000 exposures (Allen-Zhu and Li)")  # fmt: skip
 UNIT = "bits per parameter"
 METRIC = (f"random facts of {VALUE} tokens after {EXPOSURES} exposures: (their information - negative log-likelihood), "
-          f"over trained parameters, at rank {RANKS[-1]} and the rate, of three, that is best in the mean over seeds")  # fmt: skip
+          f"over trained parameters, at rank {RANKS[-1]} and the rate that is best in the mean over seeds")  # fmt: skip
 RULE = ("Holds if the 95 % t interval over seeds lies inside 1.7 to 2.75, fails if it lies outside; undecided if it "
         "straddles an end, if the second half of the exposures still adds more than 10 %, or if the best rate is the lowest "
         "or the highest. Control: "
@@ -42,8 +43,22 @@ def design(size: Size, rank: int, init: str = "pretrained") -> RunSpec:
 
 
 def specs(size: Size, runs: Sequence[RunRecord]) -> list[RunSpec]:
+    """Each arm at its rates, and, once these have ended, at a rate beyond the end at which the best mean lies."""
     arms = [*(design(size, rank) for rank in RANKS), design(size, RANKS[0], "random")]
-    return [replace(one, lr=rate, seed=seed) for one in arms for rate in RATES for seed in SEEDS]
+    return [replace(one, lr=rate, seed=seed) for one in arms for rate in rates(runs, one) for seed in SEEDS]
+
+
+def rates(runs: Sequence[RunRecord], one: RunSpec) -> list[float]:
+    """What an arm is run at so far: a factor of 2 beyond an end that is the best, until it is none."""
+    known = mean_points(runs, one, SEEDS)
+    finite = {rate: loss for rate, loss in known.items() if loss is not None}
+    found = set(RATES)
+    if finite and found <= set(known):
+        found |= set(known)
+        best_one = min(finite, key=lambda rate: finite[rate])
+        if len(found) < MOST_RATES and best_one in (min(found), max(found)):
+            found.add(2 * best_one if best_one == max(found) else best_one / 2)
+    return sorted(found)
 
 
 def bits(run: RunRecord, step: int | None) -> float | None:
@@ -97,7 +112,8 @@ def verdict(runs: Sequence[RunRecord], size: str) -> Verdict:
         else UNDECIDED
     )
     chosen = {run.spec.lr for run in known[RANKS[-1]]}
-    at_end = sorted(chosen & {RATES[0], RATES[-1]})
+    tried = list(mean_points(runs, arms[RANKS[-1]], SEEDS))
+    at_end = sorted(chosen & {tried[0], tried[-1]})
     if not seen or grown.value > PLATEAU or at_end:
         status = UNDECIDED
     listed = ", ".join(f"rank {rank} {mean_interval(row).value:.2f}" for rank, row in per.items())
