@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from math import inf, isinf
 
 from lora_planner.facts import DATA
 from lora_planner.ledger import FITTED, Estimate, Term
@@ -44,7 +45,9 @@ def findings() -> Mapping[str, Finding]:
     if not file.is_file():
         return {}
     rows = json.loads(file.read_text(encoding="utf-8"))["findings"]
-    return {row["claim"]: Finding(**{**row, "effect": Estimate(**row["effect"])}) for row in rows}
+    # JSON has no infinity: a lower bound has no high end there
+    return {row["claim"]: Finding(**{**row, "effect": Estimate(**{**e, "high": inf if e["high"] is None else e["high"]})})
+            for row in rows for e in (row["effect"],)}  # fmt: skip
 
 
 def covering(published: Estimate, claim: str) -> Estimate:
@@ -66,9 +69,10 @@ def covering(published: Estimate, claim: str) -> Estimate:
 
 def terms(*claims: str) -> list[Term]:
     """A line of an explanation for each of these claims that has a row."""
-    return [
-        Term(f"our own runs: {f.title}", f.effect.value, FITTED, "findings.findings", f.effect.low, f.effect.high,
-             f"{claim} {f.status}, {f.n} runs on {f.base}: {f.said}; reports/verification.md")
-        for claim in claims
-        if (f := findings().get(claim))
-    ]  # fmt: skip
+    found = []
+    for claim in claims:
+        if f := findings().get(claim):
+            low, high = (None, None) if isinf(f.effect.high) else (f.effect.low, f.effect.high)
+            note = f"{claim} {f.status}, {f.n} runs on {f.base}: {f.said}; reports/verification.md"
+            found.append(Term(f"our own runs: {f.title}", f.effect.value, FITTED, "findings.findings", low, high, note))
+    return found

@@ -38,6 +38,15 @@ def test_the_interval_covers_what_was_measured_and_its_value_stays(rows: Path) -
     assert "our claim C07 on small: 2.3 [2, 2.6] ratio, fails" in wider.source
 
 
+def test_a_lower_bound_is_cited_as_one(rows: Path) -> None:
+    """It has no high end, in the file and in the explanation; what was said of it stays."""
+    write(rows, claim="C18", effect={**ROW["effect"], "high": None}, said="at least 2.3")
+    assert findings.findings()["C18"].effect.high == float("inf")
+    [term] = findings.terms("C18")
+    assert (term.value, term.low, term.high) == (2.3, None, None)
+    assert "at least 2.3" in term.note
+
+
 def test_without_a_row_nothing_changes(rows: Path) -> None:
     """No file, or no such claim: the published interval as it was."""
     assert findings.covering(PUBLISHED, "C07") == PUBLISHED

@@ -21,21 +21,17 @@ CITED = ("C05", "C06", "C07", "C08", "C09", "C11", "C13", "C16", "C17", "C18", "
 
 
 def rows(events: list[Json], size: str) -> list[Json]:
-    """The cited claims with a finite number. `base`: the name and the parameters of the model that told."""
+    """The cited claims with a number, finite or a lower bound. `base`: the name and the parameters of the model that told."""
     found = []
     runs = list(merge(events).values())
     for entry in corrected(study.entries(events, size, study.family(size, []))):
         effect = entry.verdict.effect
-        if (
-            entry.id not in CITED
-            or effect is None
-            or not all(map(math.isfinite, (effect.low, effect.value, effect.high)))
-        ):
+        if entry.id not in CITED or effect is None or not all(map(math.isfinite, (effect.low, effect.value))):
             continue
         bases = {lab.base_name(run.spec.base): run for run in runs if run.key in {r.key for r in entry.runs}}
         found.append({
             "claim": entry.id, "title": entry.title, "status": entry.verdict.status, "said": entry.verdict.sentence,
-            "effect": asdict(effect), "n": entry.verdict.n, "base": ", ".join(sorted(bases)),
+            "effect": asdict(effect) | ({} if math.isfinite(effect.high) else {"high": None}), "n": entry.verdict.n, "base": ", ".join(sorted(bases)),
         })  # fmt: skip
     return found
 
