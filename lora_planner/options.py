@@ -198,7 +198,7 @@ def job_of(words: dict[str, Any]) -> Job:
         raise UsageError("--data and --tokens are two sizes of one data set", "", "Give one of them.")
     if words["rl"] and not words["problems"]:
         raise UsageError("--rl needs --problems", "", "How many problems are in the data?")
-    if words.get("sample_tokens") is not None and not words["rl"]:
+    if words["sample_tokens"] is not None and not words["rl"]:
         raise UsageError("--sample-tokens without --rl", "", "Only reinforcement learning samples.")
     length = words["max_length"]
     sampling = None
@@ -206,7 +206,7 @@ def job_of(words: dict[str, Any]) -> Job:
         data = read_data(words["data"], tokenizer=words["tokenizer"], max_length=length)
     elif words["tokens"]:
         data = DataFacts.from_tokens(parse_token_count(words["tokens"]), length)
-    elif words["rl"] and words.get("sample_tokens") is not None:
+    elif words["rl"] and words["sample_tokens"] is not None:
         data = None
     else:
         raise UsageError("neither --data nor --tokens", "", "Give the data file, or its size: --tokens 10M.")
@@ -219,8 +219,8 @@ def job_of(words: dict[str, Any]) -> Job:
     if words["rl"]:
         from lora_planner.rollout import samples_of
 
-        data, sampling = samples_of(data, words["problems"], words["group"], words.get("sample_tokens"),
-                                    words.get("engine") or "vllm", length)  # fmt: skip
+        data, sampling = samples_of(data, words["problems"], words["group"], words["sample_tokens"],
+                                    words["engine"], length)  # fmt: skip
     assert data
     return Job(
         model,

@@ -20,6 +20,8 @@ ELEMENT_BYTES = {"fp32": 4, "tf32": 4}
 RECOMPUTED = {4: 1.5}
 #: kernels that expand a GPTQ matrix over those of an nf4 one: shifts and masks of its packed integers, one by one
 GPTQ_LAUNCHES = 1
+#: kernels and hooks that ZeRO-3 starts, over those of the model alone: it fetches and frees each module's weights
+ZERO3_LAUNCHES = 3.8
 MLP = ("mlp_dense", "shared", "experts", "latent")
 
 

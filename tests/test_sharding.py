@@ -197,7 +197,7 @@ def test_assumptions_are_those_of_the_track_record() -> None:
     speed: Any = pytest.importorskip("calibrate.track.speed")
     assumed = read(document({**LLAMAFACTORY, "deepspeed": "ds_z2_config.json"}), "llamafactory").sharding
     assert assumed.split(8, 1, 4096) == Split(1, 8, buckets=peaks.BUCKETS)
-    assert sharding.ZERO3_LAUNCHES == speed.ZERO3_LAUNCHES
+    assert fleet.ZERO3_LAUNCHES == speed.ZERO3_LAUNCHES
 
 
 # ---------------------------------------------------------------- reading

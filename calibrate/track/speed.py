@@ -22,7 +22,7 @@ from lora_planner.flops import CHECKPOINTING
 from lora_planner.ledger import Estimate
 from lora_planner.plan import matmul_dtype
 from lora_planner.throughput import ANY, Work, adamw_bytes, stack, step_time
-from lora_planner.workload import Division, divided, shape, work
+from lora_planner.workload import ZERO3_LAUNCHES, Division, divided, shape, work
 
 Row = Mapping[str, str]
 
@@ -54,8 +54,6 @@ LOOP_S = {"peft": 0.06}
 VALIDATION = 1.05
 #: element-wise traffic of a stream in fp32 over one that casts to fp32 and back
 FP32_STREAM = 1.4
-#: kernels and hooks that ZeRO-3 starts, over those of the model alone: it fetches and frees each module's weights
-ZERO3_LAUNCHES = 3.8
 #: a card that gpus.toml does not have because its name asks for another: text -> (its sibling, bytes/s, clock)
 SIBLINGS = {
     "h100-96gb hbm2e 500w": ("h100-sxm-80gb", 2.4e12, 1.0),

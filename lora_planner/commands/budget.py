@@ -91,7 +91,7 @@ def budget(plans: tuple[str, ...], as_json: bool, html_file: str | None, markdow
     limit = words["budget"]
     if limit is not None and not 0 < limit < float("inf"):
         raise Infeasible(f"nothing costs {limit:g} USD", "--budget", "Give a positive number, or leave it out.")
-    kinds = [(path, _chart_of(path)) for path in plots]
+    kinds = [(path, text.chart_of(path, CHARTS)) for path in plots]
     sheets, others = _plans(plans, words, settings, today)
     found = bill([sheet.part for sheet in sheets], settings, today)
     spent = _spent(words["actuals"], found, sheets, today)
@@ -285,20 +285,12 @@ def _misses(a: Actuals) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _chart_of(path: str) -> str:
-    name = Path(path)
-    kind = next((kind for kind in CHARTS if name.stem.lower().startswith(kind)), None)
-    if kind is None or name.suffix.lower() not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}: no such chart", "", f"Name a file {', '.join(CHARTS)}, as .svg or .png.")
-    return kind
-
-
 def _draw(
     path: str, kind: str, found: Budget, sheets: Sequence[Sheet], spent: tuple[Actuals, Usage] | None, limit: float | None
 ) -> None:  # fmt: skip
     from lora_planner.pages import actuals_report
     from lora_planner.pages import budget_report as report
-    from lora_planner.pages.text import plot
+    from lora_planner.pages.text import plot, plots
 
     if kind == "variance":
         if spent is None:
@@ -306,12 +298,10 @@ def _draw(
         plot(path, actuals_report.variance_chart(spent[0]))
     elif kind in ("memory", "capacity"):
         draw = report.memory_chart if kind == "memory" else report.capacity_chart
-        drawings = [draw(sheet) for sheet in sheets]
-        for i, drawing in enumerate(drawings, start=1):
-            file = Path(path)
-            if drawing is None:
-                raise BadInput("full fine-tuning has no adapter to draw", f"--plot {path}", "Leave it out.")
-            plot(path if len(drawings) == 1 else str(file.with_stem(f"{file.stem}-{i}")), drawing)
+        drawings = [drawing for sheet in sheets if (drawing := draw(sheet))]
+        if len(drawings) < len(sheets):
+            raise BadInput("full fine-tuning has no adapter to draw", f"--plot {path}", "Leave it out.")
+        plots(path, drawings)
     elif kind == "time":
         plot(path, report.time_chart(found, sheets))
     elif kind == "cost":

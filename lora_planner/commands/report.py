@@ -73,9 +73,10 @@ def report(journals: tuple[str, ...], to: str | None, html_file: str | None, plo
     lora-plan report lora-plan-runs/runs.jsonl --markdown own-runs.md --html own-runs.html --plot sweep.svg
     lora-plan report reports/runs/cpu.jsonl --claims --markdown reports/verification.md
     """
+    from lora_planner.pages import text
     from lora_planner.record import merge, read_events
 
-    kinds = [(path, _chart_of(path)) for path in plots]
+    kinds = [(path, text.chart_of(path, CHARTS)) for path in plots]
     if (html_file or plots) and (claims or not journals):
         raise UsageError(
             "--html and --plot are of own runs", "", "Name the runs.jsonl of `lora-plan verify`, without --claims."
@@ -139,14 +140,6 @@ def _claims_page(events: list[Any], size: str, beside: Path | None) -> str:
 # ---------------------------------------------------------------- own runs as pictures
 
 
-def _chart_of(path: str) -> str:
-    name = Path(path)
-    kind = next((kind for kind in CHARTS if name.stem.lower().startswith(kind)), None)
-    if kind is None or name.suffix.lower() not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}: no such chart", "", f"Name a file {' or '.join(CHARTS)}, as .svg or .png.")
-    return kind
-
-
 def _pictures(
     runs: Sequence[RunRecord], known: Sequence[Score], journals: Sequence[str], damaged: Sequence[tuple[str, str, str]],
     html_file: str | None, kinds: Sequence[tuple[str, str]],
@@ -161,9 +154,7 @@ def _pictures(
         if not some:
             why = "no arm was run at two learning rates" if kind == "sweep" else "no run has a held-out loss at its end"
             raise BadInput(f"{why}: there is nothing to draw", f"--plot {path}", "Leave it out.")
-        file = Path(path)
-        for i, plot in enumerate(some, start=1):
-            text.plot(path if len(some) == 1 else str(file.with_stem(f"{file.stem}-{i}")), curve(plot))
+        text.plots(path, [curve(plot) for plot in some])
     if html_file:
         from lora_planner.pages.html import html
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from lora_planner.cost import cost
 from lora_planner.errors import BadInput
 from lora_planner.facts import Gpu, gpu
-from lora_planner.handoff.sharding import ZERO3_LAUNCHES, Sharding
+from lora_planner.handoff.sharding import Sharding
 from lora_planner.ledger import Estimate
 from lora_planner.memory import weights
 from lora_planner.method import Method
 from lora_planner.plan import PriceBook, Priced, matmul_dtype
 from lora_planner.throughput import stack, step_time
-from lora_planner.workload import divided, work
+from lora_planner.workload import ZERO3_LAUNCHES, divided, work
 
 #: GPUs of the largest run that is planned
 MAX_GPUS = 16_384

@@ -31,8 +31,6 @@ DEFAULT_BUCKET = 5e8
 AUTO = -1.0
 #: GPUs of one machine, and of one rack of the GB cards, which its links join as if it were one
 MACHINE, RACK = 8, 72
-#: kernels and hooks that ZeRO-3 starts over those of the model alone. Source: calibrate/track/speed.py
-ZERO3_LAUNCHES = 3.8
 #: `trl sft --accelerate_config NAME`. Source: trl/accelerate_configs of TRL 1.16
 TRL_LAUNCHES: dict[str, dict[str, Any]] = {
     "single_gpu": {"distributed_type": "NO", "num_processes": 8},

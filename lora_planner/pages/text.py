@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lora_planner.errors import BadInput
+from lora_planner.errors import BadInput, UsageError
 from lora_planner.pages.charts import Drawing, png, svg
 from lora_planner.pages.document import (
     Block,
@@ -110,6 +110,27 @@ def write(path: str, text: str) -> None:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadInput(f"cannot write: {why}", path, "Name another file.") from None
+
+
+def chart_of(path: str, charts: Sequence[str]) -> str:
+    """Which chart a file is named after.
+
+    >>> chart_of("out/Memory-8b.svg", ("memory", "cost"))
+    'memory'
+    """
+    name = Path(path)
+    kind = next((chart for chart in charts if name.stem.lower().startswith(chart)), None)
+    if kind is None or name.suffix.lower() not in (".svg", ".png"):
+        known = (" or " if len(charts) == 2 else ", ").join(charts)
+        raise UsageError(f"--plot {path}: no such chart", "", f"Name a file {known}, as .svg or .png.")
+    return kind
+
+
+def plots(path: str, drawings: Sequence[Drawing]) -> None:
+    """One drawing under the file's name, several under that name with -1, -2, ..."""
+    file = Path(path)
+    for i, drawing in enumerate(drawings, start=1):
+        plot(path if len(drawings) == 1 else str(file.with_stem(f"{file.stem}-{i}")), drawing)
 
 
 def plot(path: str, drawing: Drawing) -> None:
